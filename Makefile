@@ -1,0 +1,83 @@
+# Craken: `make` lists what there is.
+PYTHON ?= python3
+VENV ?= .venv
+FLAGS ?=
+
+CRAKEN := $(VENV)/bin/craken
+PIP := $(VENV)/bin/python -m pip --quiet --disable-pip-version-check
+STAMP := $(VENV)/.craken-installed
+TORCH := $(shell sed -n '/^torch==/p' constraints.txt)
+TRIAL := --model tiny --data craken --steps 60 --seq-len 64 --eval-every 20
+LIST := awk -F ':.*\#\# ' 'NF == 2 && $$1 ~ wanted { printf "  make %-21s %s\n", $$1, $$2 }'
+
+.DEFAULT_GOAL := help
+.PHONY: help venv install test lint clean \
+	craken_ds1_auto craken_ds2_auto craken_ds1 craken_ds2 \
+	test_craken_ds1_auto test_craken_ds2_auto test_craken_ds1 test_craken_ds2
+
+help: ## list these targets
+	@echo "Train a small language model on Python's own source, on all accelerators found or on 2 CPU processes:"
+	@$(LIST) wanted='^craken_' Makefile
+	@echo
+	@echo "The same, a minute's trial of each:"
+	@$(LIST) wanted='^test_craken_' Makefile
+	@echo
+	@echo "Work on Craken itself:"
+	@$(LIST) wanted='^[a-z]*$$' Makefile
+	@echo
+	@echo "Variables: FLAGS='--steps 50' goes to craken train; PYTHON=python3.12 and VENV=.venv choose the environment."
+
+craken_ds1_auto: $(STAMP) ## ZeRO-1, all settings chosen for you
+	$(CRAKEN) train --zero 1 $(FLAGS)
+
+craken_ds2_auto: $(STAMP) ## ZeRO-2, all settings chosen for you (recommended; five minutes on two cores)
+	$(CRAKEN) train --zero 2 $(FLAGS)
+
+craken_ds1: $(STAMP) ## ZeRO-1 from configs/ds_zero1_config.json (accelerate_zero1.yaml takes over with the client issue)
+	$(CRAKEN) train --config configs/ds_zero1_config.json $(FLAGS)
+
+craken_ds2: $(STAMP) ## ZeRO-2 from configs/ds_zero2_config.json, optimizer state on the host (CPU runs only for now)
+	$(CRAKEN) train --config configs/ds_zero2_config.json $(FLAGS)
+
+test_craken_ds1_auto: $(STAMP) ## ZeRO-1, chosen settings, tiny model
+	rm -rf runs/trial-ds1-auto
+	$(CRAKEN) train --zero 1 $(TRIAL) --output runs/trial-ds1-auto $(FLAGS)
+
+test_craken_ds2_auto: $(STAMP) ## ZeRO-2, chosen settings, tiny model
+	rm -rf runs/trial-ds2-auto
+	$(CRAKEN) train --zero 2 $(TRIAL) --output runs/trial-ds2-auto $(FLAGS)
+
+test_craken_ds1: $(STAMP) ## ZeRO-1, configuration file, tiny model
+	rm -rf runs/trial-ds1
+	$(CRAKEN) train --config configs/ds_zero1_config.json $(TRIAL) --output runs/trial-ds1 $(FLAGS)
+
+test_craken_ds2: $(STAMP) ## ZeRO-2, configuration file, tiny model
+	rm -rf runs/trial-ds2
+	$(CRAKEN) train --config configs/ds_zero2_config.json $(TRIAL) --output runs/trial-ds2 $(FLAGS)
+
+venv: $(STAMP) ## make the virtual environment and install everything into it
+install: $(STAMP) ## the same as venv
+
+test: lint ## style, types and the whole test suite (what CI runs)
+	$(VENV)/bin/python -m pytest -m "not gpu"
+
+lint: $(STAMP) ## ruff, its formatter and mypy --strict
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy --strict craken
+
+clean: ## remove the virtual environment and caches; runs/ stays
+	rm -rf $(VENV) build .pytest_cache .mypy_cache .ruff_cache .hypothesis runs/.craken_cache
+
+# torch goes in by itself and first: a range that several packages ask for would fetch its newest build instead.
+$(STAMP): pyproject.toml constraints.txt $(wildcard dropin/pyproject.toml dropin/*/*.py dropin/*/*/*.py)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+		echo "Craken needs Python 3.10 or newer; $(PYTHON) is $$($(PYTHON) --version 2>&1). Name another: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
+	@echo "making $(VENV) with $$($(PYTHON) --version)"
+	@$(PYTHON) -m venv $(VENV)
+	@echo "installing $(TORCH) (the large part)"
+	@$(PIP) install $(TORCH)
+	@echo "installing craken, its drop-in for deepspeed, transformers and the tools"
+	@$(PIP) install -c constraints.txt -e '.[hf,dev]'
+	@$(PIP) install -c constraints.txt -e ./dropin
+	@touch $@
