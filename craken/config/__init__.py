@@ -1,0 +1,7 @@
+"""The DeepSpeed JSON configuration, parsed once and checked whole."""
+
+from craken.config.batch import BatchSizes, resolve_batch
+from craken.config.load import load_config
+from craken.config.schema import Config
+
+__all__ = ["BatchSizes", "Config", "load_config", "resolve_batch"]

@@ -1,0 +1,143 @@
+"""Checks that look at more than one key: settings that need another, or exclude each other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from difflib import get_close_matches
+from typing import Any
+
+from craken.config.normalise import Findings, normalise
+from craken.config.problems import Problem, shown
+from craken.config.schema import Config
+from craken.config.sections.training import (
+    OPTIMIZER_PARAMS,
+    OPTIMIZERS,
+    OTHER_WORDS,
+    SCHEDULES,
+    TORCH_SCHEDULES,
+    OptimizerParams,
+)
+from craken.config.sections.zero import NOTHING_SHARDED, PARAMETERS_SHARDED, ZeroOptimization
+from craken.config.validate import validate
+from craken.config.values import nearest, plain
+
+
+def check(config: Config, findings: Findings) -> None:
+    """Add to `findings` every problem that lies between the keys of `config`."""
+    found = [*_precision(config), *_offload(config.zero_optimization), *_reduction(config)]
+    findings.problems += [problem._replace(path=findings.path(problem.path)) for problem in found]
+    _optimizer(config, findings)
+    _scheduler(config, findings)
+
+
+def _precision(config: Config) -> Iterator[Problem]:
+    stage = config.zero_optimization.stage
+    if config.fp16.enabled and config.bf16.enabled:
+        yield Problem("fp16.enabled", "fp16 or bf16", "both enabled", 'set "fp16.enabled" or "bf16.enabled" to false')
+    if config.fp16.enabled and config.fp16.loss_scale == 0:
+        for key in ("loss_scale_window", "min_loss_scale"):
+            if getattr(config.fp16, key) <= 0:
+                yield Problem(
+                    f"fp16.{key}",
+                    "a number > 0 with a dynamic loss scale",
+                    shown(getattr(config.fp16, key)),
+                    'or write a fixed scale, such as "fp16.loss_scale": 128',
+                )
+    low_precision_masters = {
+        "fp16.fp16_master_weights_and_grads": config.fp16.fp16_master_weights_and_grads,
+        "bf16.bf16_master_weights_and_grads": config.bf16.bf16_master_weights_and_grads,
+        "bf16.bf16_optimizer_states": config.bf16.bf16_optimizer_states,
+    }
+    for path, is_set in low_precision_masters.items():
+        if is_set and stage == NOTHING_SHARDED:
+            yield _needs_stage(path, "1, 2 or 3", stage)
+    if config.bf16.bf16_optimizer_states and not config.bf16.bf16_master_weights_and_grads:
+        yield Problem(
+            "bf16.bf16_optimizer_states",
+            '"bf16.bf16_master_weights_and_grads": true beside it',
+            "false",
+            "set both or neither",
+        )
+
+
+def _offload(zero: ZeroOptimization) -> Iterator[Problem]:
+    for name in ("offload_param", "offload_optimizer"):
+        offload = getattr(zero, name)
+        if offload.device == "nvme" and offload.nvme_path is None:
+            yield Problem(
+                f"zero_optimization.{name}.nvme_path",
+                'a folder on the disk, as "device" is "nvme"',
+                "nothing",
+                'write for example "nvme_path": "/local_nvme"',
+            )
+    if zero.offload_param.device != "none" and zero.stage < PARAMETERS_SHARDED:
+        yield Problem(
+            "zero_optimization.offload_param.device",
+            f'"none" at stage {zero.stage}: parameters can be offloaded at stage 3 only',
+            shown(zero.offload_param.device),
+            'write "zero_optimization.stage": 3, or "device": "none"',
+        )
+    if zero.offload_optimizer.device != "none" and zero.stage < PARAMETERS_SHARDED:
+        if zero.offload_optimizer.ratio < 1:
+            yield _needs_stage("zero_optimization.offload_optimizer.ratio", "3", zero.stage)
+        if zero.offload_optimizer.super_offload:
+            yield _needs_stage("zero_optimization.offload_optimizer.super_offload", "3", zero.stage)
+
+
+def _reduction(config: Config) -> Iterator[Problem]:
+    if config.gradient_allreduce_op == "sum" and config.zero_optimization.stage == PARAMETERS_SHARDED:
+        yield Problem(
+            "gradient_allreduce_op", '"mean" at stage 3', '"sum"', "or choose zero_optimization.stage 0, 1 or 2"
+        )
+
+
+def _needs_stage(path: str, stages: str, stage: int) -> Problem:
+    return Problem(
+        path, f"zero_optimization.stage {stages} beside it", f"stage {stage}", f"remove it or set stage {stages}"
+    )
+
+
+def _optimizer(config: Config, findings: Findings) -> None:
+    if config.optimizer is None:
+        return
+    if config.optimizer.type.lower() not in [name.lower() for name in OPTIMIZERS]:  # their case is free
+        _near_miss("optimizer.type", config.optimizer.type, OPTIMIZERS, findings)
+    params = config.optimizer.params
+    for name in params:
+        if name in OTHER_WORDS:
+            hint = f'did you mean "{OTHER_WORDS[name]}"?'
+            findings.problems.append(Problem(f"optimizer.params.{name}", "a known name", f'"{name}"', hint))
+        _near_miss(f"optimizer.params.{name}", name, [*OPTIMIZER_PARAMS, *OptimizerParams.model_fields], findings)
+    checked: dict[str, Any] = {
+        name: params[name] for name in OptimizerParams.model_fields if params.get(name) is not None
+    }
+    validate(OptimizerParams, checked, "optimizer.params", findings)
+    if "max_grad_norm" in params:
+        norm = shown(params["max_grad_norm"])
+        findings.problems.append(
+            Problem(
+                "optimizer.params.max_grad_norm",
+                "clipping outside the optimizer",
+                norm,
+                f'remove it and write "gradient_clipping": {norm} at the top level',
+            )
+        )
+
+
+def _scheduler(config: Config, findings: Findings) -> None:
+    if config.scheduler is None:
+        return
+    _near_miss("scheduler.type", config.scheduler.type, [*SCHEDULES, *TORCH_SCHEDULES], findings)
+    model = SCHEDULES.get(config.scheduler.type)
+    if model:
+        known = normalise(model, config.scheduler.params, "scheduler.params", findings)
+        validate(model, known, "scheduler.params", findings)
+
+
+def _near_miss(path: str, name: str, known: list[str], findings: Findings) -> None:
+    """Report `name` when it is almost one of `known`; names of torch's own that we do not list pass."""
+    if name in known:
+        return
+    meant = nearest(name, known)
+    if meant and (plain(meant) == plain(name) or get_close_matches(name, [meant], cutoff=0.8)):
+        findings.problems.append(Problem(path, "a known name", f'"{name}"', f'did you mean "{meant}"?'))
