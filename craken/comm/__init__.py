@@ -1,0 +1,50 @@
+"""Backend, mesh axes, collectives with byte counts and an event log."""
+
+from craken.comm.accelerator import Accelerator, get_accelerator
+from craken.comm.events import Event, bytes_sent, event_log
+from craken.comm.mesh import MeshAxis, axis_over, world_axis
+from craken.comm.objects import (
+    all_reduce_sum,
+    barrier,
+    broadcast,
+    broadcast_object,
+    gather_objects,
+    move_to_axis_device,
+)
+from craken.comm.tracing import phase
+from craken.comm.transport import Pending, Transport, transport_for
+from craken.comm.world import (
+    get_local_rank,
+    get_rank,
+    get_world_size,
+    init_distributed,
+    is_initialized,
+    shutdown,
+)
+
+__all__ = [
+    "Accelerator",
+    "Event",
+    "MeshAxis",
+    "Pending",
+    "Transport",
+    "all_reduce_sum",
+    "axis_over",
+    "barrier",
+    "broadcast",
+    "broadcast_object",
+    "bytes_sent",
+    "event_log",
+    "gather_objects",
+    "get_accelerator",
+    "get_local_rank",
+    "get_rank",
+    "get_world_size",
+    "init_distributed",
+    "is_initialized",
+    "move_to_axis_device",
+    "phase",
+    "shutdown",
+    "transport_for",
+    "world_axis",
+]

@@ -1,0 +1,57 @@
+"""Small control messages between the ranks of an axis: objects, barriers, short vectors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from craken.comm import events
+from craken.comm.mesh import MeshAxis
+
+
+def gather_objects(obj: Any, axis: MeshAxis) -> list[Any]:
+    """Collective over `axis`: return every rank's `obj`, in rank order, on all ranks."""
+    if axis.size == 1:
+        return [obj]
+    gathered: list[Any] = [None] * axis.size
+    dist.all_gather_object(gathered, obj, group=axis.group)
+    return gathered
+
+
+def broadcast_object(obj: Any, axis: MeshAxis, source: int = 0) -> Any:
+    """Collective over `axis`: return the `obj` of the axis's rank `source` on all ranks."""
+    if axis.size == 1:
+        return obj
+    box = [obj if axis.rank == source else None]
+    dist.broadcast_object_list(box, src=axis.global_rank(source), group=axis.group)
+    return box[0]
+
+
+def barrier(axis: MeshAxis) -> None:
+    """Collective over `axis`: return once every rank has come here."""
+    if axis.size > 1:
+        dist.barrier(group=axis.group)
+
+
+def broadcast(tensor: Tensor, axis: MeshAxis, *, label: str, source: int = 0) -> None:
+    """Collective over `axis`: overwrite `tensor` with that of the axis's rank `source`."""
+    if axis.size > 1:
+        events.record("broadcast", label, tensor.numel(), tensor.numel() if axis.rank == source else 0, tensor.dtype)
+        dist.broadcast(tensor, src=axis.global_rank(source), group=axis.group)
+
+
+def all_reduce_sum(tensor: Tensor, axis: MeshAxis, *, label: str) -> Tensor:
+    """Collective over `axis`: sum a short vector in place and return it."""
+    if axis.size > 1:
+        sent = 2 * tensor.numel() * (axis.size - 1) // axis.size
+        events.record("all_reduce", label, tensor.numel(), sent, tensor.dtype)
+        dist.all_reduce(tensor, op=dist.ReduceOp.SUM, group=axis.group)
+    return tensor
+
+
+def move_to_axis_device(tensor: Tensor, axis: MeshAxis) -> Tensor:
+    """Return `tensor` on the device that the axis's backend can send from."""
+    return tensor if axis.backend != "nccl" else tensor.to(torch.device("cuda", torch.cuda.current_device()))

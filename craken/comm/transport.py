@@ -1,0 +1,203 @@
+"""How the two collectives of sharding are carried: point to point on gloo, the backend's own or an exchange on NCCL.
+
+Both work on a *full* flat buffer of size x shard_numel elements in which rank r owns elements [r*S, (r+1)*S):
+
+    reduce-scatter   every rank's full  ->  the owner's shard holds the sum      sent: (N-1)/N of the full buffer
+    all-gather       every owner's slice -> every rank's full buffer             sent: (N-1)/N of the full buffer
+
+gloo's own versions cost three to five times a plain exchange of the same bytes, and its sums of bf16 accumulate in
+bf16. Point to point, each rank sends every other rank its slice and adds what it receives, in fp32, in the fixed order
+own, own+1, ..., own-1: a shard's sum is the same to the bit whatever the stage. On NCCL 16-bit gradients go through an
+all-to-all for the same reason, fp32 through its reduce-scatter.
+
+Calls return a `Pending`; `wait()` completes it. A rank issues the same calls in the same order as all others: messages
+carry a tag made from the call's number, so ranks out of step wait (and time out by name) rather than mix data.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from craken.comm import events
+from craken.comm.mesh import MeshAxis
+from craken.comm.objects import gather_objects
+
+_MAX_TRANSPORTS, _MAX_CALLS = 1 << 10, 1 << 20  # tags are 31 bits
+_numbers = itertools.count()
+
+reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+class Waitable(Protocol):
+    def wait(self) -> object: ...
+
+
+class Pending:
+    """A collective under way. Buffers given to it belong to it until `wait` returns."""
+
+    def __init__(self, works: Sequence[Waitable], finish: Callable[[], None] | None, context: str) -> None:
+        self._works, self._finish, self._context = works, finish, context
+
+    def wait(self) -> None:
+        """Complete the collective: on CPU the data are there, on CUDA the current stream waits for them."""
+        try:
+            for work in self._works:
+                work.wait()
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"{self._context} did not complete: {error}. Another rank died, stands still, or called backward() or "
+                "step() a different number of times; look for the first traceback among the other ranks"
+            ) from error
+        finish, self._works, self._finish = self._finish, (), None
+        if finish is not None:
+            finish()
+
+
+class Transport(Protocol):
+    """Carries the two collectives over one mesh axis."""
+
+    def reduce_scatter(self, full: Tensor, own: Tensor, out: Tensor, *, add: bool, label: str) -> Pending:
+        """Collective: start summing shards. The sum over ranks lands in (or with `add`, is added to) `out` at wait().
+
+        full: [size * S] in the dtype that travels; own: [S], this rank's contribution to its own shard, in any float
+        dtype (usually full's own slice); out: [S] in the accumulate dtype, may be the same memory as `own`.
+        """
+
+    def all_gather(self, full: Tensor, *, label: str) -> Pending:
+        """Collective: start filling `full` [size * S] in place from every rank's own slice of it."""
+
+
+class PointToPoint:
+    """Plain messages between every pair of ranks; for gloo."""
+
+    def __init__(self, axis: MeshAxis, number: int) -> None:
+        """`number` tells this transport's messages from those of others over the same ranks."""
+        self._axis, self._calls = axis, 0
+        self._first_tag = (number % _MAX_TRANSPORTS) * _MAX_CALLS
+        # own+1 first, so that at any moment every rank talks to another peer
+        self._peers = [(axis.rank + step) % axis.size for step in range(1, axis.size)]
+
+    def reduce_scatter(self, full: Tensor, own: Tensor, out: Tensor, *, add: bool, label: str) -> Pending:
+        numel = full.numel() // self._axis.size
+        _record("reduce_scatter", full, self._axis, label)
+        received = [torch.empty(numel, dtype=full.dtype, device=full.device) for _ in self._peers]
+        works = self._exchange(
+            sends={peer: full[peer * numel : (peer + 1) * numel] for peer in self._peers},
+            receives=dict(zip(self._peers, received, strict=True)),
+        )
+        return Pending(works, lambda: add_up(own, received, out, add=add), f"reduce-scatter of {label}")
+
+    def all_gather(self, full: Tensor, *, label: str) -> Pending:
+        numel = full.numel() // self._axis.size
+        _record("all_gather", full, self._axis, label)
+        mine = full[self._axis.rank * numel : (self._axis.rank + 1) * numel]
+        works = self._exchange(
+            sends=dict.fromkeys(self._peers, mine),
+            receives={peer: full[peer * numel : (peer + 1) * numel] for peer in self._peers},
+        )
+        return Pending(works, None, f"all-gather of {label}")
+
+    def _exchange(self, sends: dict[int, Tensor], receives: dict[int, Tensor]) -> list[Waitable]:
+        tag, group = self._first_tag + self._calls % _MAX_CALLS, self._axis.group
+        self._calls += 1
+        assert group is not None, "an axis of several ranks has a group"
+        # the group's own calls: isend and irecv check what holds here by construction, at 7 us a message
+        works: list[Waitable] = [group.recv([tensor], peer, tag) for peer, tensor in receives.items()]
+        works += [group.send([tensor], peer, tag) for peer, tensor in sends.items()]
+        return works
+
+
+class Native:
+    """The backend's own collectives; sums of 16-bit gradients go through an all-to-all and are added in fp32."""
+
+    def __init__(self, axis: MeshAxis) -> None:
+        self._axis = axis
+
+    def reduce_scatter(self, full: Tensor, own: Tensor, out: Tensor, *, add: bool, label: str) -> Pending:
+        _record("reduce_scatter", full, self._axis, label)
+        numel, rank = full.numel() // self._axis.size, self._axis.rank
+        exchanged = full.dtype.itemsize < 4
+        inbox = torch.empty(full.numel() if exchanged else numel, dtype=full.dtype, device=full.device)
+        work = (
+            dist.all_to_all_single(inbox, full, group=self._axis.group, async_op=True)
+            if exchanged
+            else reduce_scatter_single(inbox, full, group=self._axis.group, async_op=True)
+        )
+
+        def finish() -> None:
+            if exchanged:
+                parts = torch.split(inbox, numel)
+                add_up(own, [*parts[rank + 1 :], *parts[:rank]], out, add=add)
+            elif add:
+                out.add_(inbox)
+            else:
+                out.copy_(inbox)
+
+        return Pending([work], finish, f"reduce-scatter of {label}")
+
+    def all_gather(self, full: Tensor, *, label: str) -> Pending:
+        _record("all_gather", full, self._axis, label)
+        numel = full.numel() // self._axis.size
+        mine = full[self._axis.rank * numel : (self._axis.rank + 1) * numel]
+        work = all_gather_single(full, mine, group=self._axis.group, async_op=True)
+        return Pending([work], None, f"all-gather of {label}")
+
+
+class Alone:
+    """An axis of one rank: the sum is the rank's own contribution, and everything is gathered already."""
+
+    def reduce_scatter(self, full: Tensor, own: Tensor, out: Tensor, *, add: bool, label: str) -> Pending:
+        return Pending((), lambda: add_up(own, (), out, add=add), f"reduce-scatter of {label}")
+
+    def all_gather(self, full: Tensor, *, label: str) -> Pending:
+        return Pending((), None, f"all-gather of {label}")
+
+
+def transport_for(axis: MeshAxis) -> Transport:
+    """Collective over `axis`: return what carries collectives best; the backend and the number of ranks decide."""
+    if axis.size == 1:
+        return Alone()
+    if axis.backend == "nccl":
+        return Native(axis)
+    return PointToPoint(axis, max(gather_objects(next(_numbers), axis)))
+
+
+def add_up(own: Tensor, received: Sequence[Tensor], out: Tensor, *, add: bool) -> None:
+    """Write (or with `add`, add) own + received[0] + received[1] + ... into `out`, rounding to its dtype once.
+
+    All are [S]. fp32 sums take one pass a term; with 16-bit terms the sum runs in fp32.
+    """
+    if add and out.dtype.itemsize >= 4:
+        for term in (own, *received):
+            out.add_(term)
+    elif add:
+        total = own.float()
+        for term in received:
+            total = total + term
+        out.add_(total)
+    elif not received:
+        if out.data_ptr() != own.data_ptr():
+            out.copy_(own)
+    elif len(received) == 1 and own.dtype == received[0].dtype == out.dtype:
+        torch.add(own, received[0], out=out)
+    else:
+        total = own.float() if out.dtype.itemsize < 4 else out.copy_(own)
+        for term in received:
+            total.add_(term)
+        if total is not out:
+            out.copy_(total)
+
+
+def _record(op: str, full: Tensor, axis: MeshAxis, label: str) -> None:
+    if full.numel() % axis.size:
+        raise ValueError(
+            f"{op} of {label}: {full.numel()} elements do not divide by the {axis.size} ranks of {axis.name}"
+        )
+    events.record(op, label, full.numel(), full.numel() // axis.size * (axis.size - 1), full.dtype)
