@@ -1,0 +1,163 @@
+"""Sends gradients on their way while backward still runs: which group goes when, and where a backward ends.
+
+    autograd    head.grad  block3.grad ... block0.grad  emb.grad   end of the outermost backward
+    group 2     |fill-----|=reduce=|
+    group 1               |fill------------|=reduce=|
+    group 0                                |fill-------|=reduce=|  what is incomplete goes with zeros
+
+Groups leave in one order that every rank knows, never in order of arrival: a complete group waits for its predecessor.
+The order is the last group first, until the first step's end; from then on it is the order in which rank 0 saw groups
+complete. Gradients that come after their group has left stay pending; ranks agree in the step to send them too.
+
+[Note: where a backward ends] Autograd runs a callback at the end of the backward in which it was queued. With reentrant
+checkpointing an inner backward ends many times before the outer one does, so the callback is queued from a hook on the
+forward's outputs, which fires in the outer backward before anything inside it. A backward that raises never runs its
+callback; the next forward of the whole model notices. `engine.backward` knows where its backward ends and needs none.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+
+from craken.comm import broadcast_object, phase
+from craken.zero.group import ShardGroup
+
+_MAX_IN_FLIGHT = 2  # groups; more would only hold scratch memory
+
+
+class GradientReducer:
+    """Watches gradients arrive and reduces groups in the agreed order."""
+
+    def __init__(self, groups: Sequence[ShardGroup], *, should_reduce: Callable[[], bool]) -> None:
+        """`should_reduce` says at the start of a backward whether this one's gradients leave the rank."""
+        self._groups = list(groups)
+        self._should_reduce = should_reduce
+        self._order = list(reversed(range(len(groups))))
+        self._order_is_agreed = False
+        self._completed: list[int] = []
+        self._missing = [0] * len(groups)
+        self._seen = [[False] * len(group.params) for group in groups]
+        self._next = 0
+        self._in_flight: deque[ShardGroup] = deque()
+        self._gathering: list[ShardGroup] = []
+        self.is_running = False
+        self._ends_by_itself = False
+        self._reduces_now = False
+        self.num_backwards = 0
+
+    # --- one backward -------------------------------------------------------------------------------------------------
+
+    def expect_backward(self) -> None:
+        """Have `finish_backward` called at the end of the backward that runs now, should gradients come in it."""
+        if not self._ends_by_itself:
+            self._ends_by_itself = True
+            torch.autograd.Variable._execution_engine.queue_callback(self.finish_backward)
+
+    def begin_backward(self) -> None:
+        """Note that a gradient came; the backward it came in will be finished when it ends."""
+        if not self.is_running:
+            self.expect_backward()
+            self._begin()
+
+    @contextmanager
+    def backward(self) -> Iterator[None]:
+        """Collective when gradients leave in it: one whole backward, whether or not gradients come on this rank."""
+        self._ends_by_itself = True
+        self._begin()
+        try:
+            yield
+        except BaseException:
+            self.abandon_backward()
+            raise
+        self.finish_backward()
+
+    def _begin(self) -> None:
+        self.is_running = True
+        self._reduces_now = self._should_reduce()
+        self._next = 0
+        self._completed = []
+        for index, group in enumerate(self._groups):
+            self._missing[index] = len(group.params)
+            self._seen[index] = [False] * len(group.params)
+
+    def gradient_came(self, index: int, slot: int) -> None:
+        """Note that group `index` has taken the gradient of its parameter `slot`; may send groups off."""
+        if self._seen[index][slot]:
+            return
+        self._seen[index][slot] = True
+        self._missing[index] -= 1
+        if self._missing[index] == 0:
+            self._completed.append(index)
+            if self._reduces_now:
+                self._send_complete_groups()
+
+    def _send_complete_groups(self) -> None:
+        while self._next < len(self._order) and self._missing[self._order[self._next]] == 0:
+            self._send(self._groups[self._order[self._next]])
+            self._next += 1
+
+    def _send(self, group: ShardGroup) -> None:
+        while len(self._in_flight) >= _MAX_IN_FLIGHT:
+            self._finish_oldest()
+        with phase("zero::reduce", group.label):
+            group.start_reduce()
+        self._in_flight.append(group)
+
+    def _finish_oldest(self) -> None:
+        group = self._in_flight.popleft()
+        with phase("zero::wait_reduce", group.label):
+            group.finish_sum()
+        if group.is_reducing:
+            self._gathering.append(group)
+
+    def finish_backward(self) -> None:
+        """Collective when this backward reduces: send every group that has not left yet, zeros where nothing came."""
+        self._ends_by_itself = False
+        if not self.is_running:
+            return
+        self.is_running = False
+        self.num_backwards += 1
+        if self._reduces_now:
+            for index in self._order[self._next :]:
+                self._send(self._groups[index])
+            self._next = len(self._order)
+            self._drain()
+
+    def abandon_backward(self) -> None:
+        """Forget that a backward was running: it raised. What it had reduced stays."""
+        self._ends_by_itself = False
+        if self.is_running:
+            self.is_running = False
+            self._drain()
+
+    def _drain(self) -> None:
+        while self._in_flight:
+            self._finish_oldest()
+        for group in self._gathering:
+            group.finish_gather()
+        self._gathering.clear()
+
+    # --- between backwards --------------------------------------------------------------------------------------------
+
+    def reduce_now(self, indices: Sequence[int]) -> None:
+        """Collective: reduce what is pending in these groups; every rank names the same ones."""
+        for index in indices:
+            self._send(self._groups[index])
+        self._drain()
+
+    def pending_groups(self) -> list[bool]:
+        """Say for each group whether this rank holds gradients that were not reduced."""
+        return [group.has_pending for group in self._groups]
+
+    def agree_on_order(self) -> None:
+        """Collective, once: take the order in which rank 0 saw groups complete; those that never did go last."""
+        if self._order_is_agreed or not self._groups:
+            return
+        self._order_is_agreed = True
+        completed = set(self._completed)
+        mine = self._completed + [index for index in self._order if index not in completed]
+        self._order = broadcast_object(mine, self._groups[0].wire.axis)

@@ -1,0 +1,117 @@
+"""Master weights and optimizer states as named pieces with their place in the full tensor, out and back in.
+
+A piece is this rank's part of one tensor. With the optimizer FULL every rank holds everything; each then hands out only
+its own 1/N, so that together the ranks write every element once, and reads back all of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from craken.spec import ShardSpec
+from craken.zero.binding import Binding
+from craken.zero.group import MasterFragment, ShardGroup
+
+WEIGHT = "weight"
+OPTIMIZER = "optimizer."
+
+Named = tuple[str, ShardSpec, Tensor]
+
+
+def pieces(binding: Binding | None, groups: Sequence[ShardGroup]) -> Iterator[Named]:
+    """Yield (kind, spec, tensor [spec.numel]) for each master weight and tensor state this rank answers for."""
+    for index, group in enumerate(groups):
+        mine = {piece.slot: (piece.param_offset, piece.numel) for piece in group.layout.fragments(group.wire.axis.rank)}
+        for fragment in binding.fragments(index) if binding else group.fragments:
+            offset, numel = mine.get(fragment.slot, (0, 0))
+            if numel == 0:
+                continue
+            spec = ShardSpec(fragment.spec.fqn, fragment.spec.global_shape, offset, numel)
+            start = offset - fragment.spec.offset
+            yield WEIGHT, spec, fragment.tensor.detach().reshape(-1).narrow(0, start, numel)
+            for key, value in _tensor_states(binding, fragment):
+                yield OPTIMIZER + key, spec, value.reshape(-1).narrow(0, start, numel)
+
+
+def scalars(binding: Binding) -> dict[str, dict[str, Any]]:
+    """Return what the optimizer keeps for a parameter besides tensors of its shape (step counts), by name."""
+    found: dict[str, dict[str, Any]] = {}
+    for name, fragment in binding.named_fragments().items():
+        tensors = dict(_tensor_states(binding, fragment))
+        state = binding.optimizer.state.get(fragment.tensor, {})
+        rest = {key: value for key, value in state.items() if key not in tensors}
+        if state:
+            found[name] = rest
+    return found
+
+
+def group_options(binding: Binding) -> list[dict[str, Any]]:
+    """Return each optimizer group's settings without its parameters."""
+    return [
+        {key: value for key, value in options.items() if key != "params"} for options in binding.optimizer.param_groups
+    ]
+
+
+def load_weights(groups: Sequence[ShardGroup], read: Callable[[str, ShardSpec, Tensor], None]) -> None:
+    """Fill this rank's masters through `read(kind, spec, out)`; `refresh` must follow on all ranks."""
+    for group in groups:
+        for fragment in group.fragments:
+            if fragment.spec.numel:
+                read(WEIGHT, fragment.spec, fragment.tensor.detach().view(-1))
+
+
+def refresh(groups: Sequence[ShardGroup]) -> None:
+    """Collective: bring every rank's parameters up to date with the masters."""
+    for group in groups:
+        gather = group.refresh()
+        if gather is not None:
+            gather.wait()
+
+
+def load_optimizer(
+    binding: Binding,
+    kinds_of: Callable[[str], Sequence[str]],
+    read: Callable[[str, ShardSpec, Tensor], None],
+    saved_scalars: dict[str, dict[str, Any]],
+    saved_options: Sequence[dict[str, Any]],
+) -> None:
+    """Fill the optimizer's states; `kinds_of(fqn)` names the kinds of pieces that were saved for a parameter."""
+    optimizer = binding.optimizer
+    if len(saved_options) != len(optimizer.param_groups):
+        raise ValueError(
+            f"the checkpoint has {len(saved_options)} optimizer groups, this optimizer has "
+            f"{len(optimizer.param_groups)}; build it as it was when the checkpoint was saved"
+        )
+    for options, saved in zip(optimizer.param_groups, saved_options, strict=True):
+        options.update(saved)
+    optimizer.state.clear()
+    for name, fragment in binding.named_fragments().items():
+        if name not in saved_scalars:
+            continue
+        state = {key: _copied(value, fragment) for key, value in saved_scalars[name].items()}
+        for kind in kinds_of(name):
+            if kind.startswith(OPTIMIZER):
+                tensor = torch.empty_like(fragment.tensor, requires_grad=False)
+                read(kind, fragment.spec, tensor.view(-1))
+                state[kind.removeprefix(OPTIMIZER)] = tensor
+        optimizer.state[fragment.tensor] = state
+
+
+def _tensor_states(binding: Binding | None, fragment: MasterFragment) -> list[tuple[str, Tensor]]:
+    if binding is None:
+        return []
+    state = binding.optimizer.state.get(fragment.tensor, {})
+    return [
+        (key, value)
+        for key, value in state.items()
+        if isinstance(value, Tensor) and value.shape == fragment.tensor.shape and value.dim() > 0
+    ]
+
+
+def _copied(value: Any, fragment: MasterFragment) -> Any:
+    # fused kernels read step counts on the parameter's device
+    return value.to(fragment.tensor.device, copy=True) if isinstance(value, Tensor) else value
