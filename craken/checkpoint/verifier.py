@@ -1,0 +1,82 @@
+"""Checks a whole checkpoint folder: every file, every header, every block."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from craken.checkpoint.blocks import checksum_of, read_block, size_problem
+from craken.checkpoint.entry import dtype_of, memory_of
+from craken.checkpoint.errors import CheckpointDamaged
+from craken.checkpoint.index import INDEX_NAME, FileRecord, Index, TensorRecord, read_index
+from craken.checkpoint.read_plan import plan_reads
+
+
+class Damage(NamedTuple):
+    """One thing that is wrong: the file, the tensor it hits ("kind of fqn"; None: no single one), and what."""
+
+    file: str
+    tensor: str | None
+    reason: str
+
+
+def verify(path: str | os.PathLike[str]) -> list[Damage]:
+    """Read every byte of the checkpoint folder `path` (SAVE_DIR/TAG) and return all damage found; none is good.
+
+    Holds one block in memory. FileNotFoundError when there is no such folder; ValueError for a newer format.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"checkpoint folder {folder} does not exist")
+    try:
+        index = read_index(folder)
+    except CheckpointDamaged as error:
+        return [Damage(INDEX_NAME, None, str(error))]
+    damage: list[Damage] = []
+    for file in index.files:
+        damage += _file_damage(folder, file)
+        if (folder / file.name).is_file():
+            damage += _block_damage(folder, file, index)
+    return damage
+
+
+def _file_damage(folder: Path, file: FileRecord) -> Iterator[Damage]:
+    problem = size_problem(folder, file)
+    if problem is not None:
+        yield Damage(file.name, None, f"{folder / file.name} {problem}")
+    if problem != "is missing":
+        with (folder / file.name).open("rb") as stream:
+            if checksum_of(memoryview(stream.read(file.data_start))) != file.header_checksum:
+                yield Damage(file.name, None, f"{folder / file.name}: the safetensors header is damaged")
+
+
+def _block_damage(folder: Path, file: FileRecord, index: Index) -> Iterator[Damage]:
+    scratch = memory_of(torch.empty(index.block_bytes, dtype=torch.uint8, device="cpu"))
+    fd = os.open(folder / file.name, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        for record in index.tensors.values():
+            yield from _tensor_damage(folder, fd, _part_in(file, record), scratch, index.block_bytes)
+    finally:
+        os.close(fd)
+
+
+def _part_in(file: FileRecord, record: TensorRecord) -> list[TensorRecord]:
+    """Return those pieces of a tensor that lie in `file`, each as a record of its own."""
+    pieces = [piece for piece in record.pieces if piece.file == file.name]
+    return [TensorRecord(record.kind, record.fqn, record.shape, record.dtype, (piece,)) for piece in pieces]
+
+
+def _tensor_damage(
+    folder: Path, fd: int, parts: list[TensorRecord], scratch: memoryview, block_bytes: int
+) -> Iterator[Damage]:
+    for part in parts:
+        piece, itemsize = part.pieces[0], dtype_of(part.dtype).itemsize
+        for read in plan_reads(part, piece.offset, piece.numel, itemsize=itemsize, block_bytes=block_bytes):
+            try:
+                read_block(folder, fd, read, scratch[: read.num_bytes], part)
+            except CheckpointDamaged as error:
+                yield Damage(read.file, f"{part.kind} of {part.fqn}", str(error))

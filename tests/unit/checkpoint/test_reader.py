@@ -1,0 +1,164 @@
+"""Reading by ranges, from any topology into any other."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from craken.checkpoint import CheckpointDamaged, Reader, blocks, index, shard_file
+from craken.spec import ShardSpec
+from tests.unit.checkpoint.ranks import Brought, flip, numbers, save_on_ranks, save_one, shard, whole
+
+
+@pytest.fixture
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of 64 bytes, so that small tensors have many."""
+    monkeypatch.setattr(shard_file, "BLOCK_BYTES", 64)
+    monkeypatch.setattr("craken.checkpoint.saver.BLOCK_BYTES", 64)
+
+
+def test_eight_ranks_are_read_back_as_three(tmp_path: Path, small_blocks: None) -> None:
+    full = numbers(23, 17)
+    bounds = [full.numel() * rank // 8 for rank in range(9)]
+    pieces = [[shard("master", "w", full, bounds[rank], bounds[rank + 1])] for rank in range(8)]
+    save_on_ranks(tmp_path, "a", [Brought(mine) for mine in pieces])
+    reader = Reader(tmp_path)
+    for rank in range(3):
+        low, high = full.numel() * rank // 3, full.numel() * (rank + 1) // 3
+        out = torch.empty(high - low)
+        reader.read("master", ShardSpec("w", (23, 17), low, high - low), out)
+        assert torch.equal(out, full.reshape(-1)[low:high])
+
+
+def test_only_the_blocks_needed_are_read(tmp_path: Path, small_blocks: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    full = numbers(160)
+    save_one(tmp_path, "a", {"w": full})
+    fetched: list[int] = []
+    real = blocks.os.preadv
+    monkeypatch.setattr(blocks.os, "preadv", lambda fd, to, at: (fetched.append(len(to[0])), real(fd, to, at))[1])
+    out = torch.empty(20)
+    Reader(tmp_path).read("param", ShardSpec("w", (160,), 30, 20), out)
+    assert torch.equal(out, full[30:50])
+    assert sum(fetched) == 3 * 64  # elements 16..63, 16 a block
+
+
+def test_a_read_leaves_what_lies_around_its_target_alone(tmp_path: Path) -> None:
+    save_one(tmp_path, "a", {"w": torch.arange(10.0)})
+    flat = torch.full((30,), -1.0)
+    Reader(tmp_path).read("param", ShardSpec("w", (10,), 2, 5), flat[10:15])
+    assert flat.tolist() == [-1.0] * 10 + [2.0, 3.0, 4.0, 5.0, 6.0] + [-1.0] * 15
+
+
+def test_tensors_on_a_device_go_through_host_blocks(
+    tmp_path: Path, small_blocks: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in ("reader", "shard_file"):
+        monkeypatch.setattr(f"craken.checkpoint.{module}.in_host_memory", lambda tensor: False)
+    full = numbers(77)
+    save_one(tmp_path, "a", {"w": full})
+    out = torch.empty(60)
+    Reader(tmp_path).read("param", ShardSpec("w", (77,), 10, 60), out)
+    assert torch.equal(out, full[10:70])
+
+
+def test_reading_into_a_parameter_that_requires_grad_works(tmp_path: Path) -> None:
+    save_one(tmp_path, "a", {"w": torch.arange(4.0)})
+    parameter = torch.nn.Parameter(torch.zeros(2, 2))
+    Reader(tmp_path).read("param", ShardSpec("w", (4,), 0, 4), parameter)
+    assert parameter.tolist() == [[0.0, 1.0], [2.0, 3.0]]
+
+
+def test_shapes_dtypes_kinds_and_names_are_told(tmp_path: Path) -> None:
+    tensors = {"s": torch.tensor(2.0), "e": torch.empty(0, 3), "h": torch.zeros(2, 2, dtype=torch.bfloat16)}
+    pieces = [whole("param", name, tensor) for name, tensor in tensors.items()]
+    save_on_ranks(tmp_path, "a", [Brought([*pieces, whole("exp_avg", "h", numbers(2, 2))], {"g": torch.ones(2)})])
+    reader = Reader(tmp_path)
+    assert (reader.kinds(), reader.names("param"), reader.names("none")) == (["param", "exp_avg"], ["s", "e", "h"], [])
+    assert [reader.shape("param", name) for name in tensors] == [(), (0, 3), (2, 2)]
+    assert [reader.dtype(kind, "h") for kind in ("param", "exp_avg")] == [torch.bfloat16, torch.float32]
+    assert reader.read_full("param", "s").shape == ()
+    assert reader.read_full("param", "e").shape == (0, 3)
+
+
+@pytest.mark.parametrize(
+    ("spec", "out", "message"),
+    [
+        (ShardSpec("w", (8,), 0, 8), torch.empty(8), r"param of w: stored with shape \(2, 4\), asked for.*\(8,\)"),
+        (ShardSpec("w", (2, 4), 0, 8), torch.empty(8).half(), "stored as torch.float32, asked for as torch.float16"),
+        (ShardSpec("w", (2, 4), 0, 8), torch.empty(7), "expected a contiguous tensor of 8 elements"),
+        (ShardSpec("w", (2, 4), 0, 4), torch.empty(8)[::2], r"strides \(2,\)"),
+        (ShardSpec("v", (2, 4), 0, 8), torch.empty(8), r"holds no param of v; it has 1 tensors.*'w'"),
+    ],
+)
+def test_what_does_not_fit_is_refused_by_name(tmp_path: Path, spec: ShardSpec, out: torch.Tensor, message: str) -> None:
+    save_one(tmp_path, "a", {"w": numbers(2, 4)})
+    with pytest.raises(ValueError, match=message):
+        Reader(tmp_path).read("param", spec, out)
+
+
+def test_an_unknown_kind_is_answered_with_the_kinds_there_are(tmp_path: Path) -> None:
+    save_one(tmp_path, "a", {"w": numbers(2)})
+    with pytest.raises(ValueError, match=r"holds no master of w; it has the kinds \['param'\]"):
+        Reader(tmp_path).read_full("master", "w")
+
+
+def test_the_state_of_a_rank_that_did_not_save_is_an_error(tmp_path: Path) -> None:
+    save_one(tmp_path, "a", {})
+    with pytest.raises(ValueError, match="saved by 1 ranks, so there is no state of rank 1"):
+        Reader(tmp_path).rank_state(1)
+
+
+def test_a_missing_file_is_named_with_its_tensors(tmp_path: Path) -> None:
+    path = save_one(tmp_path, "a", {"w": numbers(2)})
+    (path / "rank-00000.safetensors").unlink()
+    with pytest.raises(CheckpointDamaged, match=r"rank-00000.safetensors is missing; it holds 2 .*param of w"):
+        Reader(tmp_path)
+
+
+def test_a_truncated_file_is_named_with_its_tensors(tmp_path: Path) -> None:
+    path = save_one(tmp_path, "a", {"w": numbers(2)}) / "rank-00000.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(CheckpointDamaged, match=r"rank-00000.safetensors has \d+ bytes, expected \d+.*param of w"):
+        Reader(tmp_path)
+
+
+def test_a_file_cut_after_opening_is_named(tmp_path: Path) -> None:
+    path = save_one(tmp_path, "a", {"w": numbers(2)}) / "rank-00000.safetensors"
+    reader = Reader(tmp_path)
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(CheckpointDamaged, match=r"safetensors: param of w, bytes.*the file ends after"):
+        reader.read_full("param", "w")
+    path.unlink()
+    with pytest.raises(CheckpointDamaged, match=r"safetensors is missing"):
+        reader.read_full("param", "w")
+
+
+def test_a_flipped_bit_is_found_in_the_block_that_is_read_and_names_the_tensor(
+    tmp_path: Path, small_blocks: None
+) -> None:
+    full = numbers(64)
+    path = save_one(tmp_path, "a", {"w": full})
+    reader = Reader(tmp_path)
+    start = reader._index.tensors["param", "w"].pieces[0].start
+    flip(path / "rank-00000.safetensors", start + 4 * 20)
+    out = torch.empty(4)
+    reader.read("param", ShardSpec("w", (64,), 4, 4), out)  # another block: whole
+    assert torch.equal(out, full[4:8])
+    with pytest.raises(CheckpointDamaged, match=r"rank-00000.safetensors: param of w, bytes.*damaged: checksum"):
+        reader.read("param", ShardSpec("w", (64,), 30, 4), out)
+
+
+def test_an_index_of_a_newer_format_asks_for_an_upgrade(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(index, "VERSION", 2)
+    save_one(tmp_path, "a", {"w": numbers(2)})
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="has format version 2, this release reads versions up to 1: upgrade"):
+        Reader(tmp_path)
+
+
+def test_readers_need_no_more_than_the_folder(tmp_path: Path) -> None:
+    save_one(tmp_path / "here", "a", {"w": numbers(3)})
+    (tmp_path / "here").rename(tmp_path / "there")
+    assert torch.equal(Reader(tmp_path / "there").read_full("param", "w"), numbers(3))

@@ -1,0 +1,135 @@
+"""States come back exactly as they went in, or do not go in at all."""
+
+from __future__ import annotations
+
+import enum
+import json
+import math
+import random
+from collections import OrderedDict, defaultdict, namedtuple
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from craken.checkpoint.state_codec import decode_state, encode_state
+
+
+def round_trip(state: Any) -> Any:
+    value, tensors = encode_state(state, root="state")
+    return decode_state(json.loads(json.dumps(value, allow_nan=False)), lambda name: tensors[name].clone())
+
+
+def same(one: Any, other: Any) -> bool:
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, float | complex):
+        return repr(one) == repr(other)
+    if isinstance(one, torch.Tensor):
+        return one.dtype == other.dtype and torch.equal(one, other)
+    if isinstance(one, np.ndarray | np.generic):
+        return one.dtype.str == other.dtype.str and one.shape == other.shape and one.tobytes() == other.tobytes()
+    if isinstance(one, dict):
+        pairs = zip(one.items(), other.items(), strict=True) if len(one) == len(other) else [((0, 0), (1, 1))]
+        return all(same(a, b) and same(x, y) for (a, x), (b, y) in pairs)
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(same(a, b) for a, b in zip(one, other, strict=True))
+    return one == other
+
+
+VALUES = [
+    None, True, 0, -1, 2**64, -(10**5000), 1.5, -0.0, 1e-320, math.inf, -math.inf, math.nan, 1 + 2j,
+    complex(math.nan, -math.inf), "", "text \u00fc \ud800 \x00", b"", b"\x00\xff", b"x" * 5000, [], (), {}, set(),
+    [1, (2, [3, (4,)])], {1: "a", "1": "b", None: 0, (1, 2): 3, 1.5: 4, b"k": 5}, {"$": "tuple", "items": []},
+    {"a": {"$": 1}},
+    {1, "a", (2, 3), None}, frozenset({1, 2}), OrderedDict([("b", 1), ("a", 2)]), OrderedDict([(2, OrderedDict())]),
+    np.float32(0.1), np.int64(-3), np.bool_(True), np.datetime64("2024-02-03", "D"), np.float64("nan"),
+    np.arange(6, dtype=">i4").reshape(2, 3), np.array(3.0), np.empty((0, 4), np.float16), np.asfortranarray(np.eye(3)),
+    np.array(["2020-01-01"], dtype="M8[s]"), np.array([1 + 2j]),
+    torch.tensor(1.0), torch.arange(6).reshape(2, 3), torch.empty(0, 2), torch.zeros(2, dtype=torch.bfloat16),
+    torch.tensor([True]), torch.tensor([1 + 2j]).conj(), torch.zeros(3).to(torch.float8_e4m3fn).view(torch.uint8),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("value", VALUES, ids=lambda value: type(value).__name__)
+def test_value_comes_back_exactly(value: Any) -> None:
+    assert same(round_trip({"key": [value]}), {"key": [value]})
+
+
+def test_generator_states_come_back_exactly() -> None:
+    numpy_state = np.random.RandomState(3).get_state()
+    state = {"python": random.Random(3).getstate(), "numpy": numpy_state, "torch": torch.get_rng_state()}
+    back = round_trip(state)
+    assert same(back, state)
+    random.Random().setstate(back["python"])
+    np.random.RandomState().set_state(back["numpy"])
+    new_style = np.random.default_rng(3).bit_generator.state
+    assert same(round_trip(new_style), new_style)
+
+
+def test_non_contiguous_tensors_and_parameters_come_back_as_plain_tensors() -> None:
+    back = round_trip({"t": torch.arange(6).reshape(2, 3).t(), "p": torch.nn.Parameter(torch.ones(2))})
+    assert torch.equal(back["t"], torch.arange(6).reshape(2, 3).t())
+    assert type(back["p"]) is torch.Tensor
+
+
+def test_names_of_tensors_cannot_collide() -> None:
+    back = round_trip({"a": {"b": torch.tensor(1)}, "a.b": torch.tensor(2)})
+    assert (int(back["a"]["b"]), int(back["a.b"])) == (1, 2)
+
+
+class Color(enum.IntEnum):
+    RED = 1
+
+
+class Text(str):
+    pass
+
+
+Point = namedtuple("Point", "x y")
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        object(), Color.RED, Text("a"), Point(1, 2), defaultdict(int), lambda: None, torch.float32, torch.Size([1]),
+        np.array([object()]), np.array(["text"]), np.str_("a"), torch.eye(2).to_sparse(), torch.empty(1, device="meta"),
+        torch.empty(1, dtype=torch.complex128), range(3), bytearray(b"a"), np.ma.masked_array([1]), torch.Generator(),
+    ],
+    ids=lambda value: type(value).__name__,
+)  # fmt: skip
+def test_anything_else_is_refused_with_its_key_path(value: Any) -> None:
+    with pytest.raises(ValueError, match=r"state at state\.opt\[1\]\.7: cannot store"):
+        encode_state({"opt": [0, {7: value}]}, root="state")
+
+
+def test_an_unusable_key_is_refused_with_its_path() -> None:
+    with pytest.raises(ValueError, match=r"state\.a\..*\(key\): cannot store"):
+        encode_state({"a": {object(): 1}}, root="state")
+
+
+def test_a_state_that_contains_itself_is_refused() -> None:
+    state: dict[str, Any] = {"a": []}
+    state["a"] += [state, state]
+    with pytest.raises(ValueError, match=r"state at state\.a\[0\]: contains itself"):
+        encode_state(state, root="state")
+
+
+def test_the_same_value_twice_is_no_cycle() -> None:
+    shared = [1]
+    assert round_trip({"a": shared, "b": shared}) == {"a": [1], "b": [1]}
+
+
+LEAVES = st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.binary() | st.complex_numbers()
+KEYS = st.text() | st.integers() | st.booleans() | st.none() | st.tuples(st.integers(), st.text())
+STATES = st.recursive(
+    LEAVES, lambda inner: st.lists(inner) | st.lists(inner).map(tuple) | st.dictionaries(KEYS, inner), max_leaves=20
+)
+
+
+@given(STATES)
+def test_any_nest_of_plain_values_comes_back_exactly(state: Any) -> None:
+    assert same(round_trip(state), state)
