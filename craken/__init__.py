@@ -1,0 +1,32 @@
+"""Craken: train, fine-tune and serve PyTorch models larger than one device."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from craken.version import __version__
+
+if TYPE_CHECKING:
+    from craken.api import add_config_arguments as add_config_arguments
+    from craken.api import initialize as initialize
+    from craken.comm import init_distributed as init_distributed
+    from craken.engine import DeepSpeedEngine as DeepSpeedEngine
+    from craken.engine import Engine as Engine
+
+# public name -> the module that defines it; imported at first use, so that `craken.config` needs no torch
+_PUBLIC = {
+    "initialize": "craken.api",
+    "add_config_arguments": "craken.api",
+    "init_distributed": "craken.comm",
+    "Engine": "craken.engine",
+    "DeepSpeedEngine": "craken.engine",
+}
+
+__all__ = ["DeepSpeedEngine", "Engine", "__version__", "add_config_arguments", "init_distributed", "initialize"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'craken' has no attribute {name!r}")
+    return getattr(importlib.import_module(_PUBLIC[name]), name)

@@ -1,0 +1,187 @@
+"""Turns a request and a config into the parts of an engine: the only reader of the whole config."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from craken.comm import Accelerator, MeshAxis, transport_for
+from craken.config import BatchSizes, Config, resolve_batch
+from craken.engine.data import ResumableLoader
+from craken.engine.memory import keep_freed_memory
+from craken.engine.model import is_castable, named_parameters, place_buffers, place_frozen
+from craken.engine.monitor import Monitor
+from craken.engine.optimizers import cuts_of, get_optimizer, get_scheduler, members
+from craken.engine.request import Request
+from craken.optim import can_step_in_chunks, takes_grad_scale
+from craken.precision import DynamicLossScale, LossScale, Precision, StaticLossScale, dtype_from_name
+from craken.zero import (
+    CPU_GROUP_BYTES,
+    CUDA_GROUP_BYTES,
+    Binding,
+    Budget,
+    GroupRules,
+    ShardGroup,
+    Stepping,
+    Wire,
+    build_groups,
+    policy_for_stage,
+)
+
+
+@dataclass(frozen=True)
+class Stride:
+    """The numbers of a step: batch sizes, what gradients are divided by besides the loss scale, and clipping."""
+
+    batch: BatchSizes
+    divisor: float
+    max_norm: float
+    skips_nonfinite: bool
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Everything an engine is made of."""
+
+    config: Config
+    axis: MeshAxis
+    device: torch.device
+    module: nn.Module
+    groups: list[ShardGroup]
+    binding: Binding | None
+    stepping: Stepping
+    scheduler: Any
+    loss_scale: LossScale
+    precision: Precision
+    stride: Stride
+    loader: ResumableLoader[Any] | None
+    monitor: Monitor
+
+
+def build_parts(request: Request, config: Config, axis: MeshAxis, accelerator: Accelerator) -> Parts:
+    """Collective over `axis`: build what the config asks for around the request's model."""
+    batch = resolve_batch(config, axis.size)
+    precision = precision_of(config, batch.accumulation_steps)
+    device = accelerator.device()
+    if accelerator.is_cpu:
+        keep_freed_memory()
+    named = named_parameters(request.model)
+    trainable = [(name, param) for name, param in named if param.requires_grad]
+    optimizer = get_optimizer(request, config, trainable)
+    loader = _loader(request, config, batch, axis)
+    sharded = _sharded_params(trainable, optimizer)
+    ids = {id(param) for _, param in sharded}
+    rest = [(name, param) for name, param in named if id(param) not in ids]
+    place_frozen(rest, dtype=precision.compute, device=device, axis=axis)
+    place_buffers(request.model, device, axis)
+    wire = Wire(axis, transport_for(axis), device)
+    rules = rules_of(config, batch, precision, axis)
+    groups, binding = _shard(sharded, optimizer, rules, wire, _budget(config, wire))
+    return Parts(
+        config=config,
+        axis=axis,
+        device=device,
+        module=request.model,
+        groups=groups,
+        binding=binding,
+        stepping=_stepping(optimizer),
+        scheduler=get_scheduler(request, config, optimizer),
+        loss_scale=loss_scale_of(config),
+        precision=precision,
+        stride=_stride(config, batch, axis, groups),
+        loader=loader,
+        monitor=Monitor.of(config),
+    )
+
+
+def precision_of(config: Config, accumulation_steps: int) -> Precision:
+    """Return the job's dtypes; several micro-batches' gradients are accumulated in fp32 unless the config says else."""
+    compute = torch.float16 if config.fp16.enabled else torch.bfloat16 if config.bf16.enabled else None
+    named = config.data_types.grad_accum_dtype
+    default = torch.float32 if accumulation_steps > 1 else None
+    reduce = config.communication_data_type
+    return Precision(
+        compute=compute,
+        reduce=dtype_from_name(reduce) if reduce else None,
+        accumulate=dtype_from_name(named) if named else default,
+    )
+
+
+def rules_of(config: Config, batch: BatchSizes, precision: Precision, axis: MeshAxis) -> GroupRules:
+    """Return what shard groups do with gradients under this config."""
+    predivide = float(axis.size) if config.prescale_gradients else config.gradient_predivide_factor
+    policy = policy_for_stage(config.zero_optimization.stage)
+    return GroupRules(policy, precision, predivide=predivide, accumulates=batch.accumulation_steps > 1)
+
+
+def loss_scale_of(config: Config) -> LossScale:
+    """Return the loss scale: dynamic for fp16 with `loss_scale` 0, fixed otherwise."""
+    fp16 = config.fp16
+    if not fp16.enabled:
+        return StaticLossScale(1.0)
+    if fp16.loss_scale > 0:
+        return StaticLossScale(float(fp16.loss_scale))
+    return DynamicLossScale(
+        value=2.0**fp16.initial_scale_power,
+        window=fp16.loss_scale_window,
+        hysteresis=fp16.hysteresis,
+        min_scale=fp16.min_loss_scale,
+        consecutive_hysteresis=fp16.consecutive_hysteresis,
+    )
+
+
+def _sharded_params(
+    trainable: list[tuple[str, nn.Parameter]], optimizer: Optimizer | None
+) -> list[tuple[str, nn.Parameter]]:
+    if optimizer is None:
+        return []
+    held = members(optimizer)
+    return [(name, param) for name, param in trainable if id(param) in held]
+
+
+def _shard(
+    params: list[tuple[str, nn.Parameter]], optimizer: Optimizer | None, rules: GroupRules, wire: Wire, budget: Budget
+) -> tuple[list[ShardGroup], Binding | None]:
+    if optimizer is None:
+        return [], None
+    for name, param in params:
+        if not is_castable(param):
+            raise ValueError(f"parameter {name} is trainable but of dtype {param.dtype}; expected a floating dtype")
+    cuts = cuts_of(optimizer)
+    groups = build_groups(params, cuts=cuts, rules=rules, wire=wire, budget=budget)
+    return groups, Binding(optimizer, groups)
+
+
+def _stepping(optimizer: Optimizer | None) -> Stepping:
+    if optimizer is None:
+        return Stepping(in_chunks=False, takes_grad_scale=False)
+    return Stepping(in_chunks=can_step_in_chunks(optimizer), takes_grad_scale=takes_grad_scale(optimizer))
+
+
+def _stride(config: Config, batch: BatchSizes, axis: MeshAxis, groups: list[ShardGroup]) -> Stride:
+    predivide = groups[0].rules.predivide if groups else 1.0
+    ranks = axis.size if config.gradient_allreduce_op == "mean" else 1
+    skips = config.fp16.enabled or (config.bf16.enabled and config.bf16.check_grad_overflow)
+    return Stride(batch, ranks / predivide, config.gradient_clipping, skips)
+
+
+def _budget(config: Config, wire: Wire) -> Budget:
+    num_bytes = CPU_GROUP_BYTES if wire.device.type == "cpu" else CUDA_GROUP_BYTES
+    zero = config.zero_optimization
+    return Budget(num_bytes, min(zero.reduce_bucket_size, zero.allgather_bucket_size))
+
+
+def _loader(request: Request, config: Config, batch: BatchSizes, axis: MeshAxis) -> ResumableLoader[Any] | None:
+    if request.training_data is None:
+        return None
+    return ResumableLoader(
+        request.training_data,
+        batch.micro_batch_size,
+        axis,
+        collate_fn=request.collate_fn,
+        drop_last=config.dataloader_drop_last,
+    )

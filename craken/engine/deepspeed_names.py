@@ -1,0 +1,162 @@
+"""The accessors that only DeepSpeed's users call, as one thin layer over the engine."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from torch import Tensor
+
+from craken.engine import checkpointing
+from craken.engine.engine import Engine
+from craken.zero import Keep
+
+
+class DeepSpeedEngine(Engine):
+    """What `initialize` returns: the engine, under every name that DeepSpeed's users know."""
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The config as the user gave it; hides a `config` of the module, as in DeepSpeed."""
+        raw = self.parts.config.raw
+        return raw if isinstance(raw, dict) else dict(raw)
+
+    @property
+    def micro_steps(self) -> int:
+        return self.accumulation.micro_steps
+
+    @property
+    def global_samples(self) -> int:
+        return self.global_steps * self.train_batch_size()
+
+    @property
+    def world_size(self) -> int:
+        return self.parts.axis.size
+
+    dp_world_size = world_size
+
+    @property
+    def global_rank(self) -> int:
+        return self.parts.axis.rank
+
+    @property
+    def local_rank(self) -> int:
+        return int(os.environ.get("LOCAL_RANK", "0"))
+
+    def train_batch_size(self) -> int:
+        """Return the samples of one step over all ranks."""
+        return self.parts.stride.batch.micro_batch_size * self.accumulation.steps * self.parts.axis.size
+
+    def train_micro_batch_size_per_gpu(self) -> int:
+        return self.parts.stride.batch.micro_batch_size
+
+    def gradient_accumulation_steps(self) -> int:
+        return self.accumulation.steps
+
+    def set_train_batch_size(self, train_batch_size: int) -> None:
+        """Change the samples of a step; micro-batch and ranks stay, the accumulation count follows."""
+        unit = self.train_micro_batch_size_per_gpu() * self.parts.axis.size
+        if train_batch_size < 1 or train_batch_size % unit:
+            raise ValueError(
+                f"train_batch_size: expected a multiple of micro-batch {self.train_micro_batch_size_per_gpu()} x "
+                f"{self.parts.axis.size} ranks = {unit}, got {train_batch_size}"
+            )
+        self.accumulation.steps = train_batch_size // unit
+
+    def gradient_clipping(self) -> float:
+        return self.parts.stride.max_norm
+
+    def zero_optimization_stage(self) -> int:
+        return self.parts.config.zero_optimization.stage
+
+    def zero_optimization(self) -> bool:
+        """Say whether anything is sharded."""
+        return bool(self.groups) and self.groups[0].policy.optimizer is Keep.SHARD
+
+    def zero_gather_16bit_weights_on_model_save(self) -> bool:
+        return self.parts.config.zero_optimization.stage3_gather_16bit_weights_on_model_save
+
+    def fp16_enabled(self) -> bool:
+        return self.parts.config.fp16.enabled
+
+    def bfloat16_enabled(self) -> bool:
+        return self.parts.config.bf16.enabled
+
+    def get_loss_scale(self) -> float:
+        return self.loss_scaler.value
+
+    @property
+    def loss_scale(self) -> float:
+        return self.loss_scaler.value
+
+    cur_scale = loss_scale
+
+    def dynamic_loss_scale(self) -> bool:
+        """Say whether the loss scale moves."""
+        return self.parts.config.fp16.enabled and self.parts.config.fp16.loss_scale == 0
+
+    def was_step_applied(self) -> bool:
+        """Say whether the last `step()` updated parameters: it was at a boundary and not skipped."""
+        return self._last_step_applied
+
+    def steps_per_print(self) -> float | None:
+        return self.parts.config.steps_per_print
+
+    def wall_clock_breakdown(self) -> bool:
+        return self.parts.config.wall_clock_breakdown
+
+    def get_mom(self) -> list[Any]:
+        """Return each optimizer group's momentum, or its betas."""
+        groups = [] if self.optimizer is None else self.optimizer.param_groups
+        return [group.get("momentum", group.get("betas", 0.0)) for group in groups]
+
+    def module_state_dict(self, exclude_frozen_parameters: bool = False) -> dict[str, Tensor]:
+        """Return the module's state dict, optionally without frozen parameters."""
+        state: dict[str, Tensor] = self.module.state_dict()
+        if exclude_frozen_parameters:
+            frozen = {name for name, param in self.module.named_parameters() if not param.requires_grad}
+            state = {name: value for name, value in state.items() if name not in frozen}
+        return state
+
+    def save_checkpoint(
+        self,
+        save_dir: str | os.PathLike[str],
+        tag: str | None = None,
+        client_state: dict[str, Any] | None = None,
+        save_latest: bool = True,
+        exclude_frozen_parameters: bool = False,
+    ) -> bool:
+        """Collective: write `save_dir`/`tag` (default `global_step<N>`), and point `latest` at it.
+
+        client_state: JSON values, tensors, arrays, tuples, bytes; returned by `load_checkpoint`.
+        """
+        checkpointing.save(
+            self,
+            save_dir,
+            tag=tag,
+            client_state=client_state or {},
+            save_latest=save_latest,
+            includes_frozen=not exclude_frozen_parameters,
+        )
+        return True
+
+    def load_checkpoint(
+        self,
+        load_dir: str | os.PathLike[str],
+        tag: str | None = None,
+        load_module_strict: bool = True,
+        load_optimizer_states: bool = True,
+        load_lr_scheduler_states: bool = True,
+        load_module_only: bool = False,
+    ) -> tuple[str | None, dict[str, Any] | None]:
+        """Collective: restore what `save_checkpoint` wrote; `tag` defaults to what `latest` names.
+
+        Returns (path, client_state); (None, None) with a warning when there is no `latest`.
+        """
+        what = checkpointing.Wanted(
+            is_strict=load_module_strict,
+            optimizer=load_optimizer_states and not load_module_only,
+            scheduler=load_lr_scheduler_states and not load_module_only,
+            progress=not load_module_only,
+        )
+        return checkpointing.load(self, load_dir, tag, what)

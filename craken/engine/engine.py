@@ -1,0 +1,273 @@
+"""The object that `initialize` returns: forward, backward and step of a sharded model.
+
+    loss = engine(batch)        the user's module, inputs cast if asked
+    engine.backward(loss)       autograd runs; hooks hand gradients to shard groups, which reduce them as they complete
+    engine.step()               at a boundary: agree, clip, update, refresh parameters, advance schedule and loss scale
+
+`loss.backward()` works too: gradients are then divided by the accumulation count on their way in, and in fp16 the loss
+must have gone through `engine.scale(loss)`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from craken.comm import phase
+from craken.engine.accumulation import Accumulation
+from craken.engine.build import Parts
+from craken.engine.model import cast_inputs
+from craken.engine.progress import Progress
+from craken.engine.timers import PhaseTimers
+from craken.precision import dtype_from_name
+from craken.zero import (
+    GradientReducer,
+    ShardedOptimizer,
+    ShardedStep,
+    StepResult,
+    is_in_backward,
+    watch_gradients,
+    watch_loading,
+    watch_outputs,
+)
+
+
+class Engine(nn.Module):
+    """A user's module whose gradients, optimizer states and parameters are sharded over ranks."""
+
+    # engine.backward calls under way in this process: their loss was divided once, whichever engines it goes through
+    _num_own_backwards = 0
+
+    def __init__(self, parts: Parts) -> None:
+        super().__init__()
+        self.module = parts.module
+        self.parts = parts
+        self.device, self.groups = parts.device, parts.groups
+        self.lr_scheduler, self.training_dataloader = parts.scheduler, parts.loader
+        self.loss_scaler = parts.loss_scale
+        self.optimizer: ShardedOptimizer | None = None
+        self.accumulation = Accumulation(parts.stride.batch.accumulation_steps)
+        self.global_steps = self.skipped_steps = 0
+        self._grad_norm: float | None = None
+        self._last_step_applied = False
+        self._syncs = True
+        self._was_scaled = False
+        self._backwards_at_step = 0
+        self._timers = PhaseTimers(is_on=parts.config.wall_clock_breakdown)
+        self._progress = Progress(parts.config.steps_per_print, parts.monitor, self._timers)
+        self._reducer = GradientReducer(parts.groups, should_reduce=self._reduces_now)
+        self._stepper: ShardedStep | None = None
+        if parts.binding is not None:
+            self._stepper = ShardedStep(parts.binding, parts.groups, self._reducer, parts.stepping)
+            self.optimizer = ShardedOptimizer(parts.binding.optimizer, parts.loss_scale)
+        self._handles = watch_gradients(parts.groups, self._reducer, self._grad_factor)
+        self._handles.append(watch_loading(self.module, self._weights_were_loaded))
+        self._autocast_dtype = _autocast_dtype(parts)
+
+    def __getattr__(self, name: str) -> Any:
+        """Fall through to the user's module for anything the engine does not have."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "module":  # not set yet: no module to ask
+                raise
+            return getattr(super().__getattr__("module"), name)
+
+    # --- forward and backward -----------------------------------------------------------------------------------------
+
+    def forward(self, *inputs: Any, **kwargs: Any) -> Any:
+        """Run the user's module; returns what it returns."""
+        if not is_in_backward():
+            self._reducer.abandon_backward()  # a backward that raised never said that it ended
+        if self.parts.config.fp16.auto_cast and self.parts.precision.compute is not None:
+            inputs, kwargs = cast_inputs((inputs, kwargs), self.parts.precision.compute)
+        with self._timers.phase("forward"), self._autocast(), phase("engine::forward"):
+            outputs = self.module(*inputs, **kwargs)
+        if torch.is_grad_enabled() and self.groups:
+            watch_outputs(outputs, self._reducer)
+        return outputs
+
+    def backward(self, loss: Tensor, retain_graph: bool = False, scale_wrt_gas: bool = True, **options: Any) -> Tensor:
+        """Run backward from a scalar `loss`, scaled by the loss scale and divided by the accumulation count.
+
+        Collective where gradients are reduced in this micro-batch. `scale_wrt_gas=False` leaves the division to the
+        caller. Returns the loss as it was divided, without the loss scale.
+        """
+        self._check_loss(loss)
+        steps = self.accumulation.steps
+        divided = loss / steps if scale_wrt_gas and steps > 1 else loss
+        Engine._num_own_backwards += 1
+        try:
+            with self._timers.phase("backward"), phase("engine::backward"), self._reducer.backward():
+                torch.autograd.backward(self._scaled(divided), retain_graph=retain_graph, **options)
+        finally:
+            Engine._num_own_backwards -= 1
+        self._progress.note_loss(loss)
+        return divided
+
+    def scale(self, loss: Tensor) -> Tensor:
+        """Return `loss` times the loss scale, for a `loss.backward()` of the user's own."""
+        self._check_loss(loss)
+        self._was_scaled = True
+        return self._scaled(loss)
+
+    def _scaled(self, loss: Tensor) -> Tensor:
+        return loss if self.loss_scaler.value == 1.0 else loss.float() * self.loss_scaler.value
+
+    def _check_loss(self, loss: Any) -> None:
+        if not isinstance(loss, Tensor):
+            raise ValueError(f"backward(loss): expected a scalar tensor, got a {type(loss).__name__}")
+        if loss.numel() != 1:
+            raise ValueError(f"backward(loss): expected one number, got shape {tuple(loss.shape)}; use loss.mean()")
+        if not loss.requires_grad:
+            raise ValueError(
+                "backward(loss): this loss has no graph; compute it from engine(...) without torch.no_grad(), from "
+                "parameters that require grad"
+            )
+
+    def _grad_factor(self) -> float:
+        if Engine._num_own_backwards:
+            return 1.0
+        if self.loss_scaler.value != 1.0 and not self._was_scaled:
+            raise RuntimeError(
+                f"loss.backward() with a loss scale of {self.loss_scaler.value:g}: expected engine.scale(loss)"
+                ".backward() or engine.backward(loss); without the scale, fp16 gradients would be wrong"
+            )
+        return 1.0 / self.accumulation.steps
+
+    def _reduces_now(self) -> bool:
+        if not self._syncs:
+            return False
+        return self.accumulation.is_boundary or self.groups[0].policy.reduces_every_backward
+
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+        if self._autocast_dtype is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=self._autocast_dtype)
+
+    @contextlib.contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Keep the gradients of backward calls inside on this rank; stages 0 and 1 only."""
+        if self.groups and self.groups[0].policy.reduces_every_backward:
+            raise RuntimeError(
+                "no_sync() at a stage that shards gradients: each backward must reduce them, there is no room to keep "
+                "them whole. Use stage 0 or 1, or drop no_sync()"
+            )
+        if not self._syncs:
+            raise RuntimeError("no_sync() inside of no_sync(); leave the outer one first")
+        self._syncs = False
+        try:
+            yield
+        finally:
+            self._syncs = True
+
+    # --- step ---------------------------------------------------------------------------------------------------------
+
+    def step(self, lr_kwargs: dict[str, Any] | None = None) -> None:
+        """End a micro-batch; at the boundary, update the parameters. Collective over the ranks then."""
+        if self._stepper is None:
+            raise RuntimeError(
+                "step() on an engine without an optimizer: give initialize() one, or name it in the config"
+            )
+        if not self._syncs:
+            raise RuntimeError("step() inside of no_sync(): leave the block first")
+        self._reducer.abandon_backward()
+        if self._reducer.num_backwards == self._backwards_at_step:
+            raise RuntimeError(
+                "step() before backward(): no gradient has come since the last step; call engine.backward(loss) first"
+            )
+        self._last_step_applied = False
+        is_boundary = self.accumulation.is_boundary
+        self.accumulation.advance()
+        if not is_boundary:
+            return
+        with self._timers.phase("step"), phase("engine::step"):
+            result = self._take_step(self._stepper)
+        self._after_step(result, lr_kwargs)
+
+    def _take_step(self, stepper: ShardedStep) -> StepResult:
+        stride = self.parts.stride
+        result = stepper.step(
+            divisor=stride.divisor * self.loss_scaler.value,
+            max_norm=stride.max_norm,
+            skip_nonfinite=stride.skips_nonfinite,
+        )
+        self._reducer.agree_on_order()
+        return result
+
+    def _after_step(self, result: StepResult, lr_kwargs: dict[str, Any] | None) -> None:
+        self._grad_norm, self._last_step_applied = result.grad_norm, result.was_applied
+        self._backwards_at_step, self._was_scaled = self._reducer.num_backwards, False
+        self.global_steps += 1
+        scale_before = self.loss_scaler.value
+        self.loss_scaler.update(has_overflow=not result.is_finite)
+        if self.optimizer is not None:
+            self.optimizer.note_step(was_applied=result.was_applied)
+        if result.was_applied:
+            if self.lr_scheduler is not None:
+                self.lr_scheduler.step(**(lr_kwargs or {}))
+        else:
+            self.skipped_steps += 1
+            self._progress.note_skip(self.global_steps, scale_before, self.loss_scaler.value)
+        self._progress.note_step(self)
+
+    # --- what users ask -----------------------------------------------------------------------------------------------
+
+    def get_global_grad_norm(self) -> float | None:
+        """Return the last step's L2 norm of the mean gradient over all ranks, before clipping; None before a step."""
+        return self._grad_norm
+
+    def get_lr(self) -> list[float]:
+        """Return the learning rate of each optimizer group."""
+        return [] if self.optimizer is None else [float(group["lr"]) for group in self.optimizer.param_groups]
+
+    def is_gradient_accumulation_boundary(self) -> bool:
+        """Say whether the micro-batch under way is the last of its step."""
+        return self.accumulation.is_boundary
+
+    def set_gradient_accumulation_boundary(self, is_boundary: bool) -> None:
+        """Say whether the micro-batch under way is the last of its step; from now on only this flag counts."""
+        self.accumulation.flag = bool(is_boundary)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop `.grad` of parameters the engine does not manage.
+
+        Gradients in shard groups stay: `step` drops them, and clients call `zero_grad` between micro-batches. To forget
+        what was accumulated, call `discard_gradients`.
+        """
+        self.module.zero_grad(set_to_none=set_to_none)
+
+    def discard_gradients(self) -> None:
+        """Forget every gradient since the last step, for instance after a micro-batch that ran out of memory."""
+        self._reducer.abandon_backward()
+        for group in self.groups:
+            group.drop_grads()
+        self._backwards_at_step = self._reducer.num_backwards
+
+    def _weights_were_loaded(self) -> None:
+        for group in self.groups:
+            group.take_from_params()
+
+    def destroy(self) -> None:
+        """Take all hooks off the module; it can be given to `initialize` again."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def check_integrity(self) -> None:
+        """Assert what must hold between steps; for tests."""
+        for group in self.groups:
+            group.check_integrity()
+        assert self._grad_norm is None or self._grad_norm >= 0 or math.isnan(self._grad_norm), self._grad_norm
+
+
+def _autocast_dtype(parts: Parts) -> torch.dtype | None:
+    section = parts.config.torch_autocast
+    if not section.enabled:
+        return None
+    return dtype_from_name(section.dtype) if section.dtype else torch.bfloat16

@@ -1,0 +1,148 @@
+"""Saving and resuming through the engine: the losses after it are those of the run that was never interrupted."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+STEPS, SAVED_AT = 6, 3
+
+
+class Model(nn.Module):
+    """Dropout draws from the generator, one layer is frozen, a buffer counts forwards."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.frozen, self.last = nn.Linear(8, 16), nn.Linear(16, 16), nn.Linear(16, 3)
+        self.register_buffer("num_forwards", torch.zeros(()))
+        self.frozen.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.num_forwards += 1
+        return self.last(F.dropout(self.frozen(self.first(x)).relu(), 0.2, self.training))
+
+
+def start(stage: int, precision: str, seed: int) -> Any:
+    import craken
+
+    torch.manual_seed(seed)
+    generator = torch.Generator().manual_seed(5)
+    data = TensorDataset(torch.randn(40, 8, generator=generator), torch.randint(0, 3, (40,), generator=generator))
+    config = {
+        "train_micro_batch_size_per_gpu": 2,
+        "gradient_accumulation_steps": 2,
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-2}},
+        "scheduler": {"type": "WarmupLR", "params": {"warmup_max_lr": 1e-2, "warmup_num_steps": 4}},
+        "zero_optimization": {"stage": stage, "reduce_bucket_size": 100},
+        "bf16": {"enabled": precision == "bf16"},
+        "fp16": {"enabled": precision == "fp16", "auto_cast": True, "initial_scale_power": 8},
+    }
+    return craken.initialize(model=Model(), training_data=data, config=config)
+
+
+def train(engine: Any, batches: Any, num_steps: int) -> list[float]:
+    losses = []
+    for _ in range(num_steps * 2):
+        x, y = next(batches)
+        loss = F.cross_entropy(engine(x.to(engine.first.weight.dtype)).float(), y)
+        engine.backward(loss)
+        engine.step()
+        losses.append(loss.item())
+    return losses
+
+
+def uninterrupted_and_resumed(folder: str, stage: int, precision: str) -> None:
+    from craken.engine import RepeatingLoader
+
+    engine, _, loader, scheduler = start(stage, precision, seed=dist.get_rank())
+    batches = iter(RepeatingLoader(loader))
+    train(engine, batches, SAVED_AT)
+    assert engine.save_checkpoint(folder, client_state={"note": ("a", 1)})
+    expected = train(engine, batches, STEPS - SAVED_AT)
+    expected_lr = scheduler.get_last_lr()
+    weights = {name: value.clone() for name, value in engine.module.state_dict().items()}
+    engine.destroy()
+
+    torch.manual_seed(1234 + dist.get_rank())
+    random.seed(dist.get_rank())
+    engine, _, loader, scheduler = start(stage, precision, seed=99)
+    path, client = engine.load_checkpoint(folder)
+    assert path == str(Path(folder) / f"global_step{SAVED_AT}")
+    assert client == {"note": ("a", 1)}
+    assert (engine.global_steps, engine.micro_steps) == (SAVED_AT, 2 * SAVED_AT)
+    assert train(engine, iter(RepeatingLoader(loader)), STEPS - SAVED_AT) == expected
+    assert scheduler.get_last_lr() == expected_lr
+    for name, value in engine.module.state_dict().items():
+        assert torch.equal(value, weights[name]), name
+    engine.destroy()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_resuming_continues_the_curve_to_the_bit(run_ranks, tmp_path, stage, precision) -> None:
+    run_ranks(uninterrupted_and_resumed, 2, str(tmp_path), stage, precision)
+
+
+def save_under(folder: str, stage: int) -> list[float]:
+    engine, _, loader, _ = start(stage, "fp32", seed=0)
+    train(engine, iter(loader), 2)
+    engine.save_checkpoint(folder, tag="here")
+    engine.module.eval()
+    values = engine.module(torch.ones(1, 8)).flatten().tolist()
+    engine.destroy()
+    return values
+
+
+def load_under(folder: str, stage: int) -> list[float]:
+    engine, *_ = start(stage, "fp32", seed=7)
+    engine.load_checkpoint(folder, tag="here")
+    engine.module.eval()
+    values = engine.module(torch.ones(1, 8)).flatten().tolist()
+    engine.destroy()
+    return values
+
+
+@pytest.mark.parametrize(("saved", "loaded"), [((0, 2), (2, 4)), ((2, 4), (1, 2)), ((1, 4), (0, 1))])
+def test_another_stage_on_another_number_of_ranks_reads_the_same_weights(run_ranks, tmp_path, saved, loaded) -> None:
+    stage, world_size = saved
+    first = run_ranks(save_under, world_size, str(tmp_path), stage)
+    stage, world_size = loaded
+    second = run_ranks(load_under, world_size, str(tmp_path), stage)
+    assert second == [first[0]] * world_size
+
+
+def wrong_loads(folder: str) -> list[str]:
+    engine, *_ = start(2, "fp32", seed=0)
+    assert engine.load_checkpoint(folder) == (None, None)
+    engine.save_checkpoint(folder)
+    messages = []
+    with pytest.raises(OSError, match="failed on 2 of 2 ranks: rank 0, 1: CheckpointNotFound") as caught:
+        engine.load_checkpoint(folder, tag="global_step77")
+    messages.append(str(caught.value))
+    engine.destroy()
+    import craken
+
+    other, *_ = craken.initialize(
+        model=nn.Linear(3, 3),
+        config={"train_micro_batch_size_per_gpu": 1, "optimizer": {"type": "SGD", "params": {"lr": 1e-3}}},
+    )
+    with pytest.raises(ValueError, match="does not fit") as wrong:
+        other.load_checkpoint(folder)
+    messages.append(str(wrong.value))
+    other.destroy()
+    return messages
+
+
+def test_what_cannot_be_loaded_is_named(run_ranks, tmp_path) -> None:
+    missing, misfit = run_ranks(wrong_loads, 2, str(tmp_path))[0]
+    assert "global_step77" in missing
+    assert "global_step0" in missing
+    assert "does not fit this model: it lacks bias, weight; it has besides first.bias" in misfit
