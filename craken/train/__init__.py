@@ -1,0 +1,5 @@
+"""The training command: finds text, trains a model on it through the library, shows and reports the run."""
+
+from craken.train.command import main
+
+__all__ = ["main"]

@@ -1,0 +1,146 @@
+"""`craken train`: prepares the run in one process, starts the ranks, and in each of them trains, saves and reports."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from craken.comm import broadcast_object, init_distributed, shutdown, world_axis
+from craken.launch import launch_local
+from craken.train import huggingface
+from craken.train.arguments import Options, parse, resolve, save_given
+from craken.train.loop import RunEnd, Trainer, describe, run_facts
+from craken.train.prepare import Plan, prepare
+from craken.train.progress import PrepareProgress, show_completion, show_facts
+from craken.train.stop import Stop, StopRequest
+
+WRONG_INPUT = 2  # exit code, as argparse's
+CPU_RANKS = 2
+SAVING_GRACE_S = 120.0  # from Ctrl-C to the end of the step and its checkpoint
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run `craken train` with these flags (default: the command line's) and return the exit code.
+
+    Started without RANK in the environment it prepares the data, then starts the ranks itself; with RANK it is one of
+    them. 0: done; 2: wrong input, told in one line; 130 and 143: stopped by Ctrl-C and SIGTERM, with a checkpoint.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    given = parse(argv)
+    try:
+        return _run_rank(given) if "RANK" in os.environ else _start(given, argv)
+    except ValueError as error:
+        sys.stderr.write(f"craken train: {error}\n")
+        return WRONG_INPUT
+    except KeyboardInterrupt:
+        return Stop.INTERRUPTED.value
+
+
+def _start(given: Mapping[str, Any], argv: list[str]) -> int:
+    """Do here what needs one process, then run the ranks on this host to their end."""
+    num_devices = torch.cuda.device_count()
+    options = resolve(given, has_accelerator=num_devices > 0)
+    num_ranks = options.ranks or num_devices or CPU_RANKS
+    if 0 < num_devices < num_ranks:
+        raise ValueError(f"--ranks {num_ranks}: this machine has {num_devices} accelerators; give at most as many")
+    with PrepareProgress(Console(highlight=False)) as report:
+        prepare(options, num_ranks=num_ranks, report=report)
+    options.output.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "craken.train", *argv, "--output", str(options.output)]
+    return launch_local(command, num_ranks, grace_s=SAVING_GRACE_S)
+
+
+def _run_rank(given: Mapping[str, Any]) -> int:
+    """Be one rank: the first prepares (from the cache, where a parent has filled it) and tells the others."""
+    init_distributed()
+    axis = world_axis()
+    console = Console(highlight=False, quiet=axis.rank != 0)
+    plan = broadcast_object(_plan_or_problem(given, axis.size, console) if axis.rank == 0 else None, axis)
+    if isinstance(plan, str):
+        if axis.rank == 0:
+            raise ValueError(plan)
+        return WRONG_INPUT
+    trainer = Trainer(plan, console)
+    if axis.rank == 0:
+        _note_start(trainer, console)
+    with StopRequest().listening() as request:
+        end = trainer.run(request)
+        if axis.rank == 0:
+            _finish(trainer, end, console)
+    shutdown()
+    return 0 if end.stop is None else end.stop.value
+
+
+def _plan_or_problem(given: Mapping[str, Any], num_ranks: int, console: Console) -> Plan | str:
+    """Return the plan, or what is wrong, so that every rank learns of it and none waits for another."""
+    try:
+        options = resolve(given, has_accelerator=torch.cuda.is_available())
+        with PrepareProgress(console) as report:
+            plan = prepare(options, num_ranks=num_ranks, report=report)
+        options.output.mkdir(parents=True, exist_ok=True)
+    except ValueError as error:
+        return str(error)
+    return plan
+
+
+def _note_start(trainer: Trainer, console: Console) -> None:
+    options = trainer.plan.options
+    save_given(options, num_ranks=trainer.axis.size)
+    (options.output / "run.json").write_text(json.dumps(describe(trainer.plan), indent=2) + "\n", "utf-8")
+    show_facts(console, run_facts(trainer.plan, huggingface.num_parameters(trainer.model), trainer.axis.size))
+    if trainer.engine.global_steps:
+        console.print(f"going on after step {trainer.engine.global_steps}")
+
+
+def _finish(trainer: Trainer, end: RunEnd, console: Console) -> None:
+    """Write the model and the report, or say how to go on with an interrupted run; on the first rank only."""
+    options = trainer.plan.options
+    if end.stop in (Stop.INTERRUPTED, Stop.TERMINATED):
+        trainer.write_report()
+        console.print(f"\nstopped after step {end.step} of {options.steps}; checkpoint saved. Go on with:")
+        console.print(f"  {resume_command(options)}", soft_wrap=True)
+        return
+    folder = options.output / "model"
+    tokenizer = trainer.plan.cache.tokenizer_file
+    huggingface.save_model(trainer.model, options.model, tokenizer, folder, seq_len=options.seq_len)
+    completion = huggingface.complete(folder, options.prompt)
+    trainer.write_report(completion=completion)
+    show_completion(console, completion)
+    _show_result(trainer, end, console)
+
+
+def _show_result(trainer: Trainer, end: RunEnd, console: Console) -> None:
+    output = trainer.plan.options.output
+    assert trainer.metrics is not None
+    reason = ", out of time" if end.stop is Stop.OUT_OF_TIME else ""
+    console.print(f"\n[bold]done[/bold]: {end.step} steps in {trainer.elapsed_s / 60:.1f} minutes{reason}")
+    if trainer.metrics.evals:
+        last = trainer.metrics.evals[-1]
+        console.print(
+            f"validation loss {last.val_loss:.3f} nats/token, {last.unigram_entropy - last.val_loss:.2f} under the "
+            f"unigram entropy of the same text, {last.unigram_entropy:.3f}",
+            soft_wrap=True,
+        )
+    for name, what in (("report.html", "curves"), ("model", "for from_pretrained"), ("metrics.jsonl", "every step")):
+        console.print(f"  {output / name}  [dim]{what}[/dim]", soft_wrap=True)
+
+
+def resume_command(options: Options) -> str:
+    """Return the command line that goes on with this run."""
+    script = Path(sys.executable).with_name("craken")
+    if not script.exists():
+        command = [sys.executable, "-m", "craken.train"]
+    elif shutil.which("craken") == str(script):
+        command = ["craken", "train"]
+    else:
+        command = [os.path.relpath(script), "train"]
+    return shlex.join([*command, "--resume", str(options.output)])

@@ -1,0 +1,104 @@
+"""Flags become a run: defaults, precedence, earlier runs, and one clear message for each mistake."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from craken.train.arguments import build_parser, parse, resolve, save_given
+
+
+@pytest.fixture(autouse=True)
+def _in_tmp(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def _resolve(*argv: str, has_accelerator: bool = False):
+    return resolve(parse(list(argv)), has_accelerator=has_accelerator)
+
+
+def test_the_default_run_is_the_small_model_with_zero_2_in_bf16() -> None:
+    options = _resolve()
+    assert (options.model, options.zero, options.precision, options.accumulation_steps) == ("small", 2, "bf16", 8)
+    assert options.data is None
+    assert options.output == Path("runs/small-zero2")
+    assert options.cache == Path("runs/.craken_cache")
+
+
+def test_flags_win_over_the_preset() -> None:
+    options = _resolve("--model", "tiny", "--steps", "7", "--seq-len", "16", "--micro-batch", "3", "--lr", "0.5")
+    assert (options.steps, options.seq_len, options.micro_batch_size, options.lr) == (7, 16, 3, 0.5)
+
+
+def test_accelerators_take_larger_micro_batches() -> None:
+    assert _resolve(has_accelerator=True).micro_batch_size == 8 * _resolve().micro_batch_size
+
+
+def test_stage_and_precision_come_from_the_file_unless_flags_say_otherwise(tmp_path) -> None:
+    (tmp_path / "ds.json").write_text(json.dumps({"zero_optimization": {"stage": 1}, "fp16": {"enabled": True}}))
+    assert (_resolve("--config", "ds.json").zero, _resolve("--config", "ds.json").precision) == (1, "fp16")
+    given = _resolve("--config", "ds.json", "--zero", "0", "--precision", "fp32")
+    assert (given.zero, given.precision) == (0, "fp32")
+
+
+def test_a_default_output_never_overwrites_a_run(tmp_path) -> None:
+    (tmp_path / "runs/small-zero2").mkdir(parents=True)
+    assert _resolve().output == Path("runs/small-zero2-2")
+
+
+def test_a_run_goes_on_with_its_own_flags_and_those_given_now(tmp_path) -> None:
+    (tmp_path / "text").mkdir()
+    first = _resolve("--model", "tiny", "--data", "text", "--steps", "9", "--output", "run")
+    first.output.mkdir()
+    save_given(first, num_ranks=2)
+    again = _resolve("--resume", "run", "--steps", "12")
+    assert (again.model, again.steps, again.ranks, again.is_resuming) == ("tiny", 12, 2, True)
+    assert again.data == tmp_path / "text"  # absolute: resuming works from another folder
+    assert again.output == Path("run")
+    assert _resolve("--output", "run", "--resume").output == Path("run")
+
+
+MISTAKES = [
+    (["--resume", "nowhere"], "no run of craken train there"),
+    (["--resume"], "write --resume DIR"),
+    (["--config", "missing.json"], r"--config missing\.json does not exist"),
+    (["--config", "broken.json"], "is not JSON"),
+    (["--config", "list.json"], "holds a list; expected a JSON object"),
+    (["--output", "old"], "already holds a run.*--resume old"),
+]
+
+
+@pytest.mark.parametrize(("argv", "words"), MISTAKES, ids=[words for _, words in MISTAKES])
+def test_a_mistake_is_told_with_what_to_type(tmp_path, argv, words) -> None:
+    (tmp_path / "broken.json").write_text("{")
+    (tmp_path / "list.json").write_text("[]")
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "metrics.jsonl").write_text("")
+    with pytest.raises(ValueError, match=words):
+        _resolve(*argv)
+
+
+BAD_FLAGS = [
+    (["--steps", "0"], "--steps: expected a whole number of at least 1, got '0'"),
+    (["--lr", "-1"], "--lr: expected a number above 0, got '-1'"),
+    (["--lr", "fast"], "--lr: expected a number above 0, got 'fast'"),
+    (["--zero", "4"], "--zero: invalid choice: 4"),
+    (["--vocab-size", "12"], "--vocab-size: expected a whole number of at least 257, got '12'"),
+    (["--bogus"], "unrecognized arguments: --bogus"),
+]
+
+
+@pytest.mark.parametrize(("argv", "words"), BAD_FLAGS, ids=[words for _, words in BAD_FLAGS])
+def test_a_bad_flag_ends_with_code_2_and_one_line(capsys, argv, words) -> None:
+    with pytest.raises(SystemExit) as ended:
+        parse(argv)
+    assert ended.value.code == 2
+    assert words in capsys.readouterr().err
+
+
+def test_help_shows_every_flag_in_a_group_with_examples() -> None:
+    text = build_parser().format_help()
+    for word in ("--zero", "--config", "--model", "--data", "--steps", "--resume", "examples:", "default:"):
+        assert word in text

@@ -1,0 +1,59 @@
+"""Signals, the time limit, and the agreement of all ranks on one step to stop after."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from craken.comm import world_axis
+from craken.train.stop import Stop, StopRequest, agree
+
+
+@pytest.mark.parametrize(("signum", "expected"), [(signal.SIGINT, Stop.INTERRUPTED), (signal.SIGTERM, Stop.TERMINATED)])
+def test_a_signal_is_noted_and_the_step_goes_on(signum, expected) -> None:
+    before = signal.getsignal(signum)
+    with StopRequest().listening() as request:
+        assert request.heard is None
+        os.kill(os.getpid(), signum)
+        time.sleep(0.01)
+        assert request.heard is expected
+        os.kill(os.getpid(), signum)  # the same press, delivered twice
+        time.sleep(0.01)
+    assert signal.getsignal(signum) is before
+
+
+def test_a_second_press_ends_the_process_at_once() -> None:
+    code = (
+        "import os, signal, time\n"
+        "from craken.train.stop import SAME_PRESS_S, StopRequest\n"
+        "with StopRequest().listening():\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+        "    time.sleep(SAME_PRESS_S + 0.1)\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+        "    time.sleep(30)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == 130
+
+
+def _agree(heard_by_rank: list[Stop | None]) -> tuple[float, Stop | None]:
+    axis = world_axis()
+    return agree(float(axis.rank + 1), heard_by_rank[axis.rank], axis=axis, device=torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("heard", "expected"),
+    [
+        ([None, None], None),
+        ([None, Stop.INTERRUPTED], Stop.INTERRUPTED),
+        ([Stop.TERMINATED, None], Stop.TERMINATED),
+        ([Stop.OUT_OF_TIME, Stop.INTERRUPTED], Stop.INTERRUPTED),
+    ],
+)
+def test_all_ranks_leave_with_the_same_reason_and_the_mean_loss(run_ranks, heard, expected) -> None:
+    assert run_ranks(_agree, 2, heard) == [(1.5, expected), (1.5, expected)]
