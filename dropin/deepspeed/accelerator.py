@@ -1,0 +1,3 @@
+"""deepspeed.accelerator."""
+
+from craken.comm import get_accelerator as get_accelerator

@@ -1,0 +1,3 @@
+"""deepspeed.ops.adagrad."""
+
+from craken.optim.deepspeed_names import DeepSpeedCPUAdagrad as DeepSpeedCPUAdagrad

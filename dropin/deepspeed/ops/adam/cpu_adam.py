@@ -1,0 +1,3 @@
+"""deepspeed.ops.adam.cpu_adam."""
+
+from craken.optim.deepspeed_names import DeepSpeedCPUAdam as DeepSpeedCPUAdam

@@ -1,0 +1,3 @@
+"""deepspeed.ops.adam.fused_adam."""
+
+from craken.optim.deepspeed_names import FusedAdam as FusedAdam

@@ -1,0 +1,7 @@
+"""deepspeed.runtime."""
+
+from deepspeed.runtime import config as config
+from deepspeed.runtime import dataloader as dataloader
+from deepspeed.runtime import engine as engine
+from deepspeed.runtime import lr_schedules as lr_schedules
+from deepspeed.runtime import utils as utils

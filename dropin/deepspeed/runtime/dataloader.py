@@ -1,0 +1,3 @@
+"""deepspeed.runtime.dataloader."""
+
+from craken.engine import RepeatingLoader as RepeatingLoader

@@ -1,0 +1,3 @@
+"""deepspeed.runtime.engine."""
+
+from craken import DeepSpeedEngine as DeepSpeedEngine

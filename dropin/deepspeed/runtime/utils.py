@@ -1,0 +1,3 @@
+"""deepspeed.runtime.utils."""
+
+from craken.engine import see_memory_usage as see_memory_usage

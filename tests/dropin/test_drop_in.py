@@ -1,0 +1,112 @@
+"""The distribution named `deepspeed`: its names, its cost, its metadata."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGE = ROOT / "dropin" / "deepspeed"
+
+NAMES = """
+deepspeed: initialize init_distributed add_config_arguments DeepSpeedEngine get_accelerator log_dist logger __version__
+deepspeed: DeepSpeedConfig DeepSpeedConfigError
+deepspeed.comm: init_distributed is_initialized get_rank get_world_size get_local_rank barrier all_reduce ReduceOp
+deepspeed.accelerator: get_accelerator
+deepspeed.utils: logger log_dist RepeatingLoader
+deepspeed.utils.logging: logger log_dist
+deepspeed.runtime.engine: DeepSpeedEngine
+deepspeed.runtime.config: DeepSpeedConfig
+deepspeed.runtime.dataloader: RepeatingLoader
+deepspeed.runtime.utils: see_memory_usage
+deepspeed.runtime.lr_schedules: VALID_LR_SCHEDULES LRRangeTest OneCycle WarmupLR WarmupDecayLR WarmupCosineLR
+deepspeed.ops.adam: FusedAdam DeepSpeedCPUAdam
+deepspeed.ops.adam.fused_adam: FusedAdam
+deepspeed.ops.adam.cpu_adam: DeepSpeedCPUAdam
+deepspeed.ops.adagrad: DeepSpeedCPUAdagrad
+deepspeed.ops.lion: DeepSpeedCPULion FusedLion
+deepspeed.ops.lamb: FusedLamb
+deepspeed.checkpoint.utils: clone_tensors_for_torch_save
+deepspeed.launcher.runner: main DEEPSPEED_ENVIRONMENT_NAME
+"""
+CLIENTS = ("transformers", "accelerate", "peft", "trl", "tokenizers", "bitsandbytes", "tensorboard", "wandb")
+
+
+def _python(code: str, path: str) -> str:
+    environment = {**os.environ, "PYTHONPATH": path}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, cwd="/")
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def _from_tree(code: str) -> str:
+    return _python(code, f"{ROOT}{os.pathsep}{ROOT / 'dropin'}")
+
+
+def test_every_promised_name_is_there() -> None:
+    code = f"""
+import importlib
+for line in {NAMES!r}.split("\\n"):
+    module, _, names = line.partition(": ")
+    missing = [name for name in names.split() if not hasattr(importlib.import_module(module), name)]
+    assert not missing, (module, missing)
+"""
+    _from_tree(code.replace('.split("\\n")', ".strip().splitlines()"))
+
+
+def test_one_import_reaches_what_clients_take_as_attributes() -> None:
+    code = """
+import deepspeed
+assert deepspeed.runtime.lr_schedules.VALID_LR_SCHEDULES == [
+    "LRRangeTest", "OneCycle", "WarmupLR", "WarmupDecayLR", "WarmupCosineLR"]
+assert deepspeed.runtime.engine.DeepSpeedEngine is deepspeed.DeepSpeedEngine
+assert deepspeed.ops.adam.FusedAdam and deepspeed.comm.is_initialized() is False
+assert deepspeed.launcher.runner.DEEPSPEED_ENVIRONMENT_NAME == ".deepspeed_env"
+assert isinstance(deepspeed.DeepSpeedConfig({"train_batch_size": 2}).train_batch_size, int)
+"""
+    _from_tree(code)
+
+
+def test_importing_it_is_cheap_and_loads_no_client() -> None:
+    code = f"""
+import sys, time
+import torch
+begin_s = time.process_time()
+import deepspeed
+print(time.process_time() - begin_s)
+loaded = [name for name in {CLIENTS} if name in sys.modules]
+assert not loaded, loaded
+assert not torch.distributed.is_initialized() and not torch.cuda.is_initialized()
+"""
+    assert min(float(_from_tree(code)) for _ in range(2)) < 0.5
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_a_file_holds_imports_and_no_logic(path: Path) -> None:
+    text = path.read_text()
+    assert len(text.splitlines()) <= 15
+    assert not any(word in text for word in ("def ", "class ", "if ", "for ", "lambda"))
+
+
+def test_the_installed_distribution_answers_clients_questions(tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "dropin", tmp_path / "dropin", ignore=shutil.ignore_patterns("build", "*.egg-info"))
+    words = ["install", "-q", "--no-deps", "--no-build-isolation", "--no-index", "--target", str(tmp_path / "site")]
+    command = [sys.executable, "-m", "pip", *words, str(tmp_path / "dropin")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    code = """
+import importlib.metadata as metadata, importlib.util
+print(metadata.metadata("deepspeed")["Version"], sorted(set(metadata.packages_distributions()["deepspeed"])))
+print(importlib.util.find_spec("deepspeed") is not None, metadata.requires("deepspeed"))
+print(sorted(f"{p.name}={p.value}" for p in metadata.distribution("deepspeed").entry_points))
+"""
+    assert _python(code, str(tmp_path / "site")).splitlines() == [
+        "0.19.6+craken1 ['deepspeed']",
+        "True ['craken']",
+        "['deepspeed=craken.cli:deepspeed', 'ds_report=craken.cli:ds_report']",
+    ]
