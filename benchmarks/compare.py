@@ -1,0 +1,78 @@
+"""Runs several implementations of the training step in turn, round after round, and prints medians and ratios.
+
+    python benchmarks/compare.py ddp fsdp2:2 craken:0 craken:1 craken:2 --dtype bf16 --rounds 3
+    python benchmarks/compare.py ddp original:2 craken:2 --original PYTHON --ranks 4 --accumulation 4
+
+Rounds interleave, so that a busy minute of the machine falls on all. The first case is the unit of `x first`. `--json`
+adds the rows as one line for a program to read. All else goes to train_step.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.ranks import run_on_ranks
+from benchmarks.train_step import over_ranks, parse
+
+SCRIPT = str(Path(__file__).with_name("train_step.py"))
+COLUMNS = ("step_ms", "min_ms", "cpu_ms", "peak_mb")
+
+
+def run_once(case: str, python: str, extra: list[str]) -> dict[str, Any]:
+    command = [python, SCRIPT, case, *extra]
+    return over_ranks(run_on_ranks(command, parse([case, *extra]).ranks))
+
+
+def medians(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    return {key: statistics.median(run[key] for run in runs) for key in COLUMNS} | {"losses": runs[0]["losses"]}
+
+
+def table(rows: dict[str, dict[str, Any]]) -> str:
+    first = next(iter(rows.values()))
+    heads = f"{'step ms':>9} {'x first':>8} {'min ms':>8} {'cpu ms':>8} {'peak MB':>8}"
+    lines = [f"{'case':14} {heads}   losses: first, second, last"]
+    for case, row in rows.items():
+        losses = " ".join(f"{loss:.5f}" for loss in (*row["losses"][:2], row["losses"][-1]))
+        lines.append(
+            f"{case:14} {row['step_ms']:9.0f} {row['step_ms'] / first['step_ms']:8.2f} {row['min_ms']:8.0f} "
+            f"{row['cpu_ms']:8.0f} {row['peak_mb']:8.0f}   {losses}"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("cases", nargs="+")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--original", metavar="PYTHON", help="a Python that has the original, for `original:STAGE`")
+    parser.add_argument("--json", action="store_true")
+    options, extra = parser.parse_known_args()
+    if options.original is None and any(case.startswith("original") for case in options.cases):
+        parser.error("`original:STAGE` needs --original PYTHON: a Python in which the original is installed")
+    runs: dict[str, list[dict[str, Any]]] = {}
+    for _ in range(options.rounds):
+        for case in options.cases:
+            python = options.original if case.startswith("original") else sys.executable
+            try:
+                run = run_once(case, python, extra)
+                runs.setdefault(case, []).append(run)
+                print(f"{case} {run['step_ms']:.0f} ms {run['peak_mb']:.0f} MB", file=sys.stderr, flush=True)
+            except RuntimeError as error:
+                print(f"{case} failed: {error}", file=sys.stderr, flush=True)
+    rows = {case: medians(results) for case, results in runs.items() if results}
+    if not rows:
+        sys.exit("no case ran")
+    print(table(rows))
+    if options.json:
+        print(json.dumps(rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,223 @@
+"""The engine's own time per step: how it grows with tensors, shard groups, parameters and ranks.
+
+    python benchmarks/overhead.py [--stages 0 1 2] [--ranks 1 2] [--dtype fp32]
+
+Overhead is the step through the engine less the same forward, backward and fused AdamW without it, on the same tensors.
+Tensors are tiny in the first two tables, so neither compute nor bytes hide it:
+
+    tensors      10 to 5,000 tensors, as few shard groups as they need       -> us a tensor (slope)
+    groups       1,000 tensors in more and more shard groups                 -> us a group (slope)
+    parameters   100 tensors of growing size: what is left here is bytes, norms and masters, in ns a parameter
+
+The budget is 25 us a tensor plus 200 us a group a step, in CPU time of the thread that trains: neither the backend's
+threads, which carry the bytes, nor what else the machine does count. Clock times stand beside it. Exits 1 when a row is
+over the budget on any rank.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.ranks import is_rank, run_on_ranks
+
+US_A_TENSOR, US_A_GROUP = 25.0, 200.0
+TENSORS = (10, 100, 1000, 5000)
+GROUPED_TENSORS, BUCKETS = 1000, (8000, 1000, 250, 80)  # of 8 elements each; bucket sizes in elements
+SIZED_TENSORS, SIZES = 100, (1_000, 10_000, 100_000)
+WARMUP, STEPS = 3, 15
+
+
+class Point(NamedTuple):
+    """One measurement: so many tensors of so many elements, in buckets of at most so many elements."""
+
+    num_tensors: int
+    numel: int
+    bucket: int
+
+    @property
+    def num_parameters(self) -> int:
+        return self.num_tensors * self.numel
+
+
+POINTS = {
+    "tensors": [Point(num_tensors, 8, 10**9) for num_tensors in TENSORS],
+    "groups": [Point(GROUPED_TENSORS, 8, bucket) for bucket in BUCKETS],
+    "parameters": [Point(SIZED_TENSORS, numel, 10**9) for numel in SIZES],
+}
+
+
+def build(point: Point, dtype: Any) -> Any:
+    """Return a module of separate parameters whose forward costs one concatenation."""
+    import torch
+    from torch import nn
+
+    class Heap(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.all = nn.ParameterList(
+                nn.Parameter(torch.ones(point.numel, dtype=dtype)) for _ in range(point.num_tensors)
+            )
+
+        def forward(self) -> torch.Tensor:
+            return torch.cat(list(self.all)).float().mean()
+
+    return Heap()
+
+
+class Cost(NamedTuple):
+    wall_us: float
+    cpu_us: float
+
+
+def timed(step: Callable[[], None]) -> Cost:
+    """Return the median cost of a step."""
+    import torch.distributed as dist
+
+    walls, cpus = [], []
+    for _ in range(WARMUP + STEPS):
+        dist.barrier()
+        wall, cpu = time.perf_counter(), time.thread_time()
+        step()
+        walls.append(time.perf_counter() - wall)
+        cpus.append(time.thread_time() - cpu)
+    return Cost(1e6 * statistics.median(walls[WARMUP:]), 1e6 * statistics.median(cpus[WARMUP:]))
+
+
+def without_engine(point: Point, dtype: Any) -> Cost:
+    import torch
+
+    model = build(point, dtype)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+
+    def step() -> None:
+        model().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return timed(step)
+
+
+def with_engine(point: Point, dtype: Any, stage: int) -> tuple[Cost, int]:
+    """Return the cost and the number of shard groups."""
+    import torch
+
+    import craken
+
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "steps_per_print": 10**9,
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-3}},
+        "gradient_clipping": 1.0,
+        "zero_optimization": {
+            "stage": stage,
+            "reduce_bucket_size": point.bucket,
+            "allgather_bucket_size": point.bucket,
+        },
+        "bf16": {"enabled": dtype is torch.bfloat16},
+    }
+    model = build(point, torch.float32)
+    engine, *_ = craken.initialize(model=model, model_parameters=model.parameters(), config=config)
+
+    def step() -> None:
+        engine.backward(engine())
+        engine.step()
+
+    cost = timed(step)
+    num_groups = len(engine.groups)
+    engine.destroy()
+    return cost, num_groups
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """Measure one rank's share of every point: table -> [tensors, parameters, groups, plain, engine wall and CPU]."""
+    import torch
+
+    from craken import comm
+
+    torch.set_num_threads(1)
+    comm.init_distributed(dist_backend="gloo")
+    dtype = torch.bfloat16 if options.dtype == "bf16" else torch.float32
+    rows: dict[str, Any] = {}
+    for table, points in POINTS.items():
+        rows[table] = []
+        for point in points:
+            plain = without_engine(point, dtype)
+            cost, num_groups = with_engine(point, dtype, options.stage)
+            rows[table].append([point.num_tensors, point.num_parameters, num_groups, *plain, *cost])
+    comm.shutdown()
+    return rows
+
+
+def slope(xs: list[float], ys: list[float]) -> float:
+    """Return the least-squares slope."""
+    mean_x, mean_y = statistics.mean(xs), statistics.mean(ys)
+    spread = sum((x - mean_x) ** 2 for x in xs)
+    return sum((x - mean_x) * (y - mean_y) for x, y in zip(xs, ys, strict=True)) / spread if spread else 0.0
+
+
+def report(rows: dict[str, list[list[float]]], title: str) -> bool:
+    """Print the tables; return whether all of the tiny-tensor rows are within the budget."""
+    heads = f"{'plain us':>10}{'engine us':>10}{'over us':>9}{'budget us':>10}{'clock over us':>14}"
+    print(f"\n{title}\n{'table':11}{'tensors':>8}{'parameters':>12}{'groups':>7}{heads}")
+    within, overs = True, {}
+    for table, points in rows.items():
+        overs[table] = []
+        for tensors, parameters, groups, plain_wall, plain, wall, engine in points:
+            budget, over = US_A_TENSOR * tensors + US_A_GROUP * groups, engine - plain
+            is_bytes = table == "parameters"
+            verdict = "" if is_bytes or over <= budget else "  OVER"
+            within &= not verdict
+            overs[table].append(over)
+            numbers = f"{plain:10.0f}{engine:10.0f}{over:9.0f}{'-' if is_bytes else format(budget, '.0f'):>10}"
+            print(
+                f"{table:11}{tensors:8.0f}{parameters:12.0f}{groups:7.0f}{numbers}{wall - plain_wall:14.0f}{verdict}",
+                flush=True,
+            )
+    per_tensor = slope([row[0] for row in rows["tensors"]], overs["tensors"])
+    per_group = slope([row[2] for row in rows["groups"]], overs["groups"])
+    per_parameter = slope([row[1] for row in rows["parameters"]], overs["parameters"])
+    print(
+        f"slopes: {per_tensor:.1f} us a tensor, {per_group:.0f} us a group, {1000 * per_parameter:.2f} ns a parameter"
+    )
+    return within
+
+
+def _worst(rows: Iterable[list[float]]) -> list[float]:
+    """Return the row of the rank on which the engine cost most."""
+    return max(rows, key=lambda row: row[-1] - row[-3])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--stages", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--dtype", default="fp32", choices=["fp32", "bf16"])
+    parser.add_argument("--stage", type=int, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if is_rank():
+        print(json.dumps(measure(options)), flush=True)
+        return
+    within = True
+    for num_ranks in options.ranks:
+        for stage in options.stages:
+            command = [sys.executable, __file__, "--stage", str(stage), "--dtype", options.dtype]
+            results = run_on_ranks(command, num_ranks)
+            worst = {
+                table: [_worst(rank[table][at] for rank in results) for at in range(len(points))]
+                for table, points in results[0].items()
+            }
+            within &= report(worst, f"stage {stage}, {num_ranks} ranks, {options.dtype}")
+    sys.exit(0 if within else 1)
+
+
+if __name__ == "__main__":
+    main()
