@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch.distributed as dist
 
@@ -25,7 +26,7 @@ class MeshAxis:
         """Return the job-wide rank of the axis's `axis_rank`-th member."""
         return axis_rank if self.group is None else dist.get_global_rank(self.group, axis_rank)
 
-    @property
+    @cached_property
     def backend(self) -> str:
         """The backend that serves this process's device: `gloo`, `nccl`, ..."""
         if self.group is None:

@@ -1,4 +1,4 @@
-"""Small control messages between the ranks of an axis: objects, barriers, short vectors."""
+"""Control traffic between the ranks of an axis: objects, barriers, short vectors."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from craken.comm import events
+from craken.comm import events, messages
 from craken.comm.mesh import MeshAxis
 
 
@@ -16,6 +16,8 @@ def gather_objects(obj: Any, axis: MeshAxis) -> list[Any]:
     """Collective over `axis`: return every rank's `obj`, in rank order, on all ranks."""
     if axis.size == 1:
         return [obj]
+    if axis.backend == "gloo":
+        return messages.objects(obj, axis)
     gathered: list[Any] = [None] * axis.size
     dist.all_gather_object(gathered, obj, group=axis.group)
     return gathered
@@ -25,6 +27,8 @@ def broadcast_object(obj: Any, axis: MeshAxis, source: int = 0) -> Any:
     """Collective over `axis`: return the `obj` of the axis's rank `source` on all ranks."""
     if axis.size == 1:
         return obj
+    if axis.backend == "gloo":
+        return messages.objects(obj if axis.rank == source else None, axis)[source]
     box = [obj if axis.rank == source else None]
     dist.broadcast_object_list(box, src=axis.global_rank(source), group=axis.group)
     return box[0]
@@ -32,7 +36,11 @@ def broadcast_object(obj: Any, axis: MeshAxis, source: int = 0) -> Any:
 
 def barrier(axis: MeshAxis) -> None:
     """Collective over `axis`: return once every rank has come here."""
-    if axis.size > 1:
+    if axis.size == 1:
+        return
+    if axis.backend == "gloo":
+        messages.meet(axis)
+    else:
         dist.barrier(group=axis.group)
 
 
@@ -44,12 +52,17 @@ def broadcast(tensor: Tensor, axis: MeshAxis, *, label: str, source: int = 0) ->
 
 
 def all_reduce_sum(tensor: Tensor, axis: MeshAxis, *, label: str) -> Tensor:
-    """Collective over `axis`: sum a short vector in place and return it."""
-    if axis.size > 1:
-        sent = 2 * tensor.numel() * (axis.size - 1) // axis.size
-        events.record("all_reduce", label, tensor.numel(), sent, tensor.dtype)
-        dist.all_reduce(tensor, op=dist.ReduceOp.SUM, group=axis.group)
-    return tensor
+    """Collective over `axis`: return the sum of a short vector over ranks, the same to the bit on all of them."""
+    if axis.size == 1:
+        return tensor
+    if axis.backend == "gloo":
+        events.record("all_reduce", label, tensor.numel(), tensor.numel() * (axis.size - 1), tensor.dtype)
+        return messages.sums(tensor, axis)
+    sent = 2 * tensor.numel() * (axis.size - 1) // axis.size
+    events.record("all_reduce", label, tensor.numel(), sent, tensor.dtype)
+    total = tensor.clone()
+    dist.all_reduce(total, op=dist.ReduceOp.SUM, group=axis.group)
+    return total
 
 
 def move_to_axis_device(tensor: Tensor, axis: MeshAxis) -> Tensor:

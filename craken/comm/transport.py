@@ -26,9 +26,9 @@ from torch import Tensor
 
 from craken.comm import events
 from craken.comm.mesh import MeshAxis
+from craken.comm.messages import CALLS_A_TRANSPORT, CONTROL
 from craken.comm.objects import gather_objects
 
-_MAX_TRANSPORTS, _MAX_CALLS = 1 << 10, 1 << 20  # tags are 31 bits
 _numbers = itertools.count()
 
 reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -80,7 +80,7 @@ class PointToPoint:
     def __init__(self, axis: MeshAxis, number: int) -> None:
         """`number` tells this transport's messages from those of others over the same ranks."""
         self._axis, self._calls = axis, 0
-        self._first_tag = (number % _MAX_TRANSPORTS) * _MAX_CALLS
+        self._first_tag = (number % CONTROL) * CALLS_A_TRANSPORT
         # own+1 first, so that at any moment every rank talks to another peer
         self._peers = [(axis.rank + step) % axis.size for step in range(1, axis.size)]
 
@@ -105,7 +105,7 @@ class PointToPoint:
         return Pending(works, None, f"all-gather of {label}")
 
     def _exchange(self, sends: dict[int, Tensor], receives: dict[int, Tensor]) -> list[Waitable]:
-        tag, group = self._first_tag + self._calls % _MAX_CALLS, self._axis.group
+        tag, group = self._first_tag + self._calls % CALLS_A_TRANSPORT, self._axis.group
         self._calls += 1
         assert group is not None, "an axis of several ranks has a group"
         # the group's own calls: isend and irecv check what holds here by construction, at 7 us a message

@@ -76,6 +76,7 @@ if how == "raise" and dist.get_rank() == 1:
 if how == "wait":
     time.sleep(60)
 dist.barrier()
+dist.destroy_process_group()
 """
 
 # Two ranks sum until one is lost; one alone is content.
@@ -90,6 +91,7 @@ print("rank", dist.get_rank(), "sum", int(total), flush=True)
 while dist.get_world_size() > 1:
     time.sleep(0.1)
     dist.barrier()
+dist.destroy_process_group()
 """
 
 STUCK = """
