@@ -2,16 +2,17 @@
 
     python benchmarks/overhead.py [--stages 0 1 2] [--ranks 1 2] [--dtype fp32]
 
-Overhead is the step through the engine less the same forward, backward and fused AdamW without it, on the same tensors.
-Tensors are tiny in the first two tables, so neither compute nor bytes hide it:
+Overhead is the step through the engine less the same step written by hand: forward, backward and fused AdamW on the
+same tensors, and the same messages (sizes, order, number in flight) sent by plain calls of the backend. Tensors are
+tiny in the first two tables, so neither compute nor bytes hide it:
 
     tensors      10 to 5,000 tensors, as few shard groups as they need       -> us a tensor (slope)
     groups       1,000 tensors in more and more shard groups                 -> us a group (slope)
     parameters   100 tensors of growing size: what is left here is bytes, norms and masters, in ns a parameter
 
 The budget is 25 us a tensor plus 200 us a group a step, in CPU time of the thread that trains: neither the backend's
-threads, which carry the bytes, nor what else the machine does count. Clock times stand beside it. Exits 1 when a row is
-over the budget on any rank.
+threads nor what else the machine does count. Clock times stand beside it. Exits 1 when a row is over the budget on any
+rank.
 """
 
 from __future__ import annotations
@@ -92,25 +93,80 @@ def timed(step: Callable[[], None]) -> Cost:
     return Cost(1e6 * statistics.median(walls[WARMUP:]), 1e6 * statistics.median(cpus[WARMUP:]))
 
 
-def without_engine(point: Point, dtype: Any) -> Cost:
+class Messages:
+    """The messages of a step, as an event log has them, sent by plain calls of the backend."""
+
+    def __init__(self, events: list[Any]) -> None:
+        import torch.distributed as dist
+
+        self._group: Any = dist.group.WORLD
+        self._peers = [rank for rank in range(self._group.size()) if rank != self._group.rank()]
+        self._tag = 0
+        summed = next((at for at, event in enumerate(events) if event.op == "all_reduce"), len(events))
+        self._before, self._vote, self._after = (
+            [self._memory(event) for event in part]
+            for part in (events[:summed], events[summed : summed + 1], events[summed + 1 :])
+        )
+
+    def _memory(self, event: Any) -> Any:
+        """Return [2, peers, elements a message]: what comes in and what goes out."""
+        import torch
+
+        return torch.empty(2, len(self._peers), event.sent_numel // len(self._peers), dtype=event.dtype)
+
+    def before_update(self) -> None:
+        """Send what carries gradients, two collectives in flight, and the vote."""
+        in_flight: list[list[Any]] = []
+        for memory in self._before:
+            in_flight.append(self._start(memory))
+            if len(in_flight) == 2:
+                self._wait(in_flight.pop(0))
+        for works in in_flight:
+            self._wait(works)
+        for memory in self._vote:
+            self._wait(self._start(memory))
+
+    def after_update(self) -> None:
+        """Send what carries parameters, all at once."""
+        for works in [self._start(memory) for memory in self._after]:
+            self._wait(works)
+
+    def _start(self, memory: Any) -> list[Any]:
+        self._tag += 1
+        inbox, outbox = memory
+        works = [self._group.recv([tensor], peer, self._tag) for tensor, peer in zip(inbox, self._peers, strict=True)]
+        works += [self._group.send([tensor], peer, self._tag) for tensor, peer in zip(outbox, self._peers, strict=True)]
+        return works
+
+    def _wait(self, works: list[Any]) -> None:
+        for work in works:
+            work.wait()
+
+
+def by_hand(point: Point, dtype: Any, events: list[Any]) -> Cost:
+    """Return the cost of the step without the engine; `events` are the messages it sends."""
     import torch
 
     model = build(point, dtype)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+    messages = Messages(events)
 
     def step() -> None:
         model().backward()
+        messages.before_update()
         optimizer.step()
+        messages.after_update()
         optimizer.zero_grad()
 
     return timed(step)
 
 
-def with_engine(point: Point, dtype: Any, stage: int) -> tuple[Cost, int]:
-    """Return the cost and the number of shard groups."""
+def with_engine(point: Point, dtype: Any, stage: int) -> tuple[Cost, list[Any], int]:
+    """Return the step's cost, its messages, and the number of shard groups."""
     import torch
 
     import craken
+    from craken.comm import event_log
 
     config = {
         "train_micro_batch_size_per_gpu": 1,
@@ -132,13 +188,15 @@ def with_engine(point: Point, dtype: Any, stage: int) -> tuple[Cost, int]:
         engine.step()
 
     cost = timed(step)
+    with event_log() as events:
+        step()
     num_groups = len(engine.groups)
     engine.destroy()
-    return cost, num_groups
+    return cost, events, num_groups
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """Measure one rank's share of every point: table -> [tensors, parameters, groups, plain, engine wall and CPU]."""
+    """Measure one rank's share of every point: table -> [tensors, parameters, groups, by hand, engine wall and CPU]."""
     import torch
 
     from craken import comm
@@ -150,9 +208,9 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     for table, points in POINTS.items():
         rows[table] = []
         for point in points:
-            plain = without_engine(point, dtype)
-            cost, num_groups = with_engine(point, dtype, options.stage)
-            rows[table].append([point.num_tensors, point.num_parameters, num_groups, *plain, *cost])
+            cost, events, num_groups = with_engine(point, dtype, options.stage)
+            hand = by_hand(point, dtype, events)
+            rows[table].append([point.num_tensors, point.num_parameters, num_groups, *hand, *cost])
     comm.shutdown()
     return rows
 
@@ -166,20 +224,20 @@ def slope(xs: list[float], ys: list[float]) -> float:
 
 def report(rows: dict[str, list[list[float]]], title: str) -> bool:
     """Print the tables; return whether all of the tiny-tensor rows are within the budget."""
-    heads = f"{'plain us':>10}{'engine us':>10}{'over us':>9}{'budget us':>10}{'clock over us':>14}"
+    heads = f"{'by hand us':>11}{'engine us':>10}{'over us':>9}{'budget us':>10}{'clock over us':>14}"
     print(f"\n{title}\n{'table':11}{'tensors':>8}{'parameters':>12}{'groups':>7}{heads}")
     within, overs = True, {}
     for table, points in rows.items():
         overs[table] = []
-        for tensors, parameters, groups, plain_wall, plain, wall, engine in points:
-            budget, over = US_A_TENSOR * tensors + US_A_GROUP * groups, engine - plain
+        for tensors, parameters, groups, hand_wall, hand, wall, engine in points:
+            budget, over = US_A_TENSOR * tensors + US_A_GROUP * groups, engine - hand
             is_bytes = table == "parameters"
             verdict = "" if is_bytes or over <= budget else "  OVER"
             within &= not verdict
             overs[table].append(over)
-            numbers = f"{plain:10.0f}{engine:10.0f}{over:9.0f}{'-' if is_bytes else format(budget, '.0f'):>10}"
+            numbers = f"{hand:11.0f}{engine:10.0f}{over:9.0f}{'-' if is_bytes else format(budget, '.0f'):>10}"
             print(
-                f"{table:11}{tensors:8.0f}{parameters:12.0f}{groups:7.0f}{numbers}{wall - plain_wall:14.0f}{verdict}",
+                f"{table:11}{tensors:8.0f}{parameters:12.0f}{groups:7.0f}{numbers}{wall - hand_wall:14.0f}{verdict}",
                 flush=True,
             )
     per_tensor = slope([row[0] for row in rows["tensors"]], overs["tensors"])
