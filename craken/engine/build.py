@@ -11,13 +11,14 @@ from torch.optim import Optimizer
 
 from craken.comm import Accelerator, MeshAxis, transport_for
 from craken.config import BatchSizes, Config, resolve_batch
+from craken.engine.agreement import check_training_agrees
 from craken.engine.data import ResumableLoader
 from craken.engine.memory import keep_freed_memory
 from craken.engine.model import is_castable, named_parameters, place_buffers, place_frozen
 from craken.engine.monitor import Monitor
 from craken.engine.optimizers import cuts_of, get_optimizer, get_scheduler, members
 from craken.engine.request import Request
-from craken.optim import can_step_in_chunks, takes_grad_scale
+from craken.optim import can_step_in_chunks, takes_grad_scale, unfuse_where_missing
 from craken.precision import DynamicLossScale, LossScale, Precision, StaticLossScale, dtype_from_name
 from craken.zero import (
     CPU_GROUP_BYTES,
@@ -72,6 +73,8 @@ def build_parts(request: Request, config: Config, axis: MeshAxis, accelerator: A
     named = named_parameters(request.model)
     trainable = [(name, param) for name, param in named if param.requires_grad]
     optimizer = get_optimizer(request, config, trainable)
+    scheduler = get_scheduler(request, config, optimizer)
+    check_training_agrees(optimizer, scheduler, request.training_data, axis)
     loader = _loader(request, config, batch, axis)
     sharded = _sharded_params(trainable, optimizer)
     ids = {id(param) for _, param in sharded}
@@ -89,7 +92,7 @@ def build_parts(request: Request, config: Config, axis: MeshAxis, accelerator: A
         groups=groups,
         binding=binding,
         stepping=_stepping(optimizer),
-        scheduler=get_scheduler(request, config, optimizer),
+        scheduler=scheduler,
         loss_scale=loss_scale_of(config),
         precision=precision,
         stride=_stride(config, batch, axis, groups),
@@ -153,7 +156,9 @@ def _shard(
             raise ValueError(f"parameter {name} is trainable but of dtype {param.dtype}; expected a floating dtype")
     cuts = cuts_of(optimizer)
     groups = build_groups(params, cuts=cuts, rules=rules, wire=wire, budget=budget)
-    return groups, Binding(optimizer, groups)
+    binding = Binding(optimizer, groups)
+    unfuse_where_missing(optimizer)  # the fragments may live on another device than the parameters did
+    return groups, binding
 
 
 def _stepping(optimizer: Optimizer | None) -> Stepping:

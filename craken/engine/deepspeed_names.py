@@ -62,6 +62,8 @@ class DeepSpeedEngine(Engine):
                 f"{self.parts.axis.size} ranks = {unit}, got {train_batch_size}"
             )
         self.accumulation.steps = train_batch_size // unit
+        if self.accumulation.steps > 1:
+            self._begin_accumulating()
 
     def gradient_clipping(self) -> float:
         return self.parts.stride.max_norm

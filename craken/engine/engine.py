@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -37,11 +37,18 @@ from craken.zero import (
 )
 
 
+class _Running(NamedTuple):
+    """A call of `backward` under way: whose loss scale and (unless the caller divides) accumulation count were used."""
+
+    engine: Engine
+    divides: bool
+
+
 class Engine(nn.Module):
     """A user's module whose gradients, optimizer states and parameters are sharded over ranks."""
 
-    # engine.backward calls under way in this process: their loss was divided once, whichever engines it goes through
-    _num_own_backwards = 0
+    # in this process, the innermost last; the graph may go through parameters of several engines
+    _running: ClassVar[list[_Running]] = []
 
     def __init__(self, parts: Parts) -> None:
         super().__init__()
@@ -101,12 +108,12 @@ class Engine(nn.Module):
         self._check_loss(loss)
         steps = self.accumulation.steps
         divided = loss / steps if scale_wrt_gas and steps > 1 else loss
-        Engine._num_own_backwards += 1
+        Engine._running.append(_Running(self, scale_wrt_gas))
         try:
             with self._timers.phase("backward"), phase("engine::backward"), self._reducer.backward():
                 torch.autograd.backward(self._scaled(divided), retain_graph=retain_graph, **options)
         finally:
-            Engine._num_own_backwards -= 1
+            Engine._running.pop()
         self._progress.note_loss(loss)
         return divided
 
@@ -131,14 +138,20 @@ class Engine(nn.Module):
             )
 
     def _grad_factor(self) -> float:
-        if Engine._num_own_backwards:
-            return 1.0
+        """Return what a gradient that arrives now lacks: the loss scale and the division by the accumulation count."""
+        if Engine._running:
+            return 1.0 if Engine._running[-1].engine is self else self._factor_from(Engine._running[-1])
         if self.loss_scaler.value != 1.0 and not self._was_scaled:
             raise RuntimeError(
                 f"loss.backward() with a loss scale of {self.loss_scaler.value:g}: expected engine.scale(loss)"
                 ".backward() or engine.backward(loss); without the scale, fp16 gradients would be wrong"
             )
         return 1.0 / self.accumulation.steps
+
+    def _factor_from(self, other: _Running) -> float:
+        """Return the factor for gradients of this engine's parameters in another engine's backward."""
+        scale = self.loss_scaler.value / other.engine.loss_scaler.value
+        return scale * other.engine.accumulation.steps / self.accumulation.steps if other.divides else scale
 
     def _reduces_now(self) -> bool:
         if not self._syncs:
@@ -160,6 +173,7 @@ class Engine(nn.Module):
             )
         if not self._syncs:
             raise RuntimeError("no_sync() inside of no_sync(); leave the outer one first")
+        self._begin_accumulating()
         self._syncs = False
         try:
             yield
@@ -233,6 +247,12 @@ class Engine(nn.Module):
     def set_gradient_accumulation_boundary(self, is_boundary: bool) -> None:
         """Say whether the micro-batch under way is the last of its step; from now on only this flag counts."""
         self.accumulation.flag = bool(is_boundary)
+        if not is_boundary:
+            self._begin_accumulating()
+
+    def _begin_accumulating(self) -> None:
+        for group in self.groups:
+            group.begin_accumulating()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop `.grad` of parameters the engine does not manage.

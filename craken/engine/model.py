@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
 from typing import Any
 
@@ -44,6 +45,9 @@ def place_buffers(model: nn.Module, device: torch.device, axis: MeshAxis) -> Non
 def _share(name: str, tensor: Tensor | None, axis: MeshAxis) -> None:
     if tensor is None or axis.size == 1 or tensor.numel() == 0:
         return
+    for dim, stride in enumerate(tensor.stride()):
+        if stride == 0:  # expanded: one element stands for all
+            tensor = tensor.narrow(dim, 0, 1)
     # bytes: every dtype travels, and packed data are not touched
     flat = tensor.detach().contiguous().view(-1).view(torch.uint8)
     broadcast(flat, axis, label=name)
@@ -56,7 +60,10 @@ def cast_inputs(value: Any, dtype: torch.dtype) -> Any:
     if isinstance(value, Tensor):
         return value.to(dtype) if value.is_floating_point() else value
     if isinstance(value, dict):
-        return type(value)({key: cast_inputs(inner, dtype) for key, inner in value.items()})
+        # a copy filled anew: not every kind of dict can be made from one (defaultdict, BatchEncoding)
+        cast = copy.copy(value)
+        cast.update({key: cast_inputs(inner, dtype) for key, inner in value.items()})
+        return cast
     if isinstance(value, tuple) and hasattr(value, "_fields"):
         return type(value)(*(cast_inputs(inner, dtype) for inner in value))
     if isinstance(value, (tuple, list)):

@@ -10,7 +10,7 @@ from craken.optim.deepspeed_names import (
     FusedLamb,
     FusedLion,
 )
-from craken.optim.fused import fuse_where_open, takes_grad_scale
+from craken.optim.fused import fuse_where_open, takes_grad_scale, unfuse_where_missing
 from craken.optim.lamb import Lamb
 from craken.optim.layouts import Layout, can_step_in_chunks, param_layouts
 from craken.optim.lion import Lion
@@ -41,4 +41,5 @@ __all__ = [
     "fuse_where_open",
     "param_layouts",
     "takes_grad_scale",
+    "unfuse_where_missing",
 ]

@@ -75,3 +75,13 @@ def fuse_where_open(optimizer: Optimizer) -> None:
         is_open = all(group.get(key) in (None, False) for key in ("foreach", "differentiable", "capturable"))
         if is_open and group.get("fused", False) is None and can_fuse(type(optimizer), group["params"]):
             group["fused"] = True
+
+
+def unfuse_where_missing(optimizer: Optimizer) -> None:
+    """Let torch choose again in groups whose tensors are where their fused kernel is not (Adagrad's on CUDA)."""
+    plain = next((base for base in type(optimizer).__mro__ if base in _FUSED_DEVICES), None)
+    if plain is None:
+        return
+    for group in optimizer.param_groups:
+        if group.get("fused") and not can_fuse(plain, group["params"]):
+            group["fused"] = None

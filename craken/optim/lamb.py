@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from craken.optim.blocks import Run, runs
+from craken.optim.closure import loss_of
 from craken.optim.options import check_rates
 
 
@@ -70,10 +71,7 @@ class Lamb(Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Update every parameter that has a gradient. Collective when `sum_over_shards` is set."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = loss_of(closure)
         norms = self._measure()  # [num_params, 2], float64: squared norms of weight and update
         if self.sum_over_shards is not None:
             norms = self.sum_over_shards(norms)

@@ -16,7 +16,7 @@ their number happens once, in the optimizer's step.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -55,6 +55,11 @@ class GroupRules:
     def retains_full_grads(self) -> bool:
         """The full gradient buffer stays until the step; otherwise it is scratch, and only the shard stays."""
         return self.policy.gathers_grads or (self.accumulates and self.policy.grads is Keep.FULL)
+
+    def accumulating(self) -> GroupRules:
+        """Return the rules for a step of several micro-batches."""
+        accumulate = self.precision.accumulate or torch.float32
+        return replace(self, accumulates=True, precision=replace(self.precision, accumulate=accumulate))
 
 
 def _is_sole_owner(tensor: Tensor) -> bool:
@@ -147,6 +152,26 @@ class ShardGroup:
             flat.narrow(0, gap.offset, gap.numel).zero_()
 
     # --- gradients ----------------------------------------------------------------------------------------------------
+
+    def begin_accumulating(self) -> None:
+        """Hold gradients over several micro-batches from now on, in fp32 unless the config names a dtype.
+
+        For jobs that accumulate although their config says otherwise. Every rank does it before the same micro-batch.
+        """
+        if self.rules.accumulates:
+            return
+        self.rules = self.rules.accumulating()
+        if self._pending is not None:
+            self._pending = self._pending.to(self._pending_dtype)
+        if self._retained is not None:
+            self._retained = self._retained.to(self.accumulate_dtype)
+        if self._reduced_shard is not None:
+            shard, self._reduced_shard = self._reduced_shard.to(self.accumulate_dtype), None
+            if self.rules.retains_full_grads:
+                self._retained = self._scratch()
+                self.own_part(self._retained).copy_(shard)
+            else:
+                self._reduced_shard = shard
 
     @property
     def accumulate_dtype(self) -> torch.dtype:

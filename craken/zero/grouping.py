@@ -43,25 +43,37 @@ def plan_groups(facts: Sequence[ParamFacts], *, world_size: int, budget: Budget)
     Neighbours of one kind share a group until it exceeds the budget; a larger parameter has its own group. Groups that
     are cut between parameters only grow past the budget while padding would waste more than 2 %.
     """
-    open_groups: dict[tuple[str, Cut], list[int]] = {}
-    groups: list[list[int]] = []
+    open_groups: dict[tuple[str, Cut], _Draft] = {}
+    drafts: list[_Draft] = []
     for index, fact in enumerate(facts):
         kind = (fact.dtype, fact.cut)
-        group = open_groups.get(kind)
-        if group is None or _is_full(facts, group, fact, world_size, budget):
-            group = open_groups[kind] = []
-            groups.append(group)
-        group.append(index)
-    return groups
+        draft = open_groups.get(kind)
+        if draft is None or draft.is_full(fact, world_size, budget):
+            draft = open_groups[kind] = _Draft()
+            drafts.append(draft)
+        draft.add(index, fact)
+    return [draft.indices for draft in drafts]
 
 
-def _is_full(
-    facts: Sequence[ParamFacts], group: Sequence[int], fact: ParamFacts, world_size: int, budget: Budget
-) -> bool:
-    numels = [facts[index].numel for index in group]
-    numel = sum(numels) + fact.numel
-    if numel <= budget.numel and numel * fact.itemsize <= budget.num_bytes:
-        return False
-    if fact.cut is Cut.PACKED:
-        return True
-    return lay_out(numels, world_size, fact.cut).padded_numel <= (1 + _MAX_WASTE) * sum(numels) + 32 * world_size
+class _Draft:
+    """A group that may still grow."""
+
+    def __init__(self) -> None:
+        self.indices: list[int] = []
+        self._numels: list[int] = []
+        self._numel = 0
+
+    def add(self, index: int, fact: ParamFacts) -> None:
+        self.indices.append(index)
+        self._numels.append(fact.numel)
+        self._numel += fact.numel
+
+    def is_full(self, fact: ParamFacts, world_size: int, budget: Budget) -> bool:
+        """Say whether `fact` does not belong here any more."""
+        numel = self._numel + fact.numel
+        if numel <= budget.numel and numel * fact.itemsize <= budget.num_bytes:
+            return False
+        if fact.cut is Cut.PACKED:
+            return True
+        padded = lay_out(self._numels, world_size, fact.cut).padded_numel
+        return padded <= (1 + _MAX_WASTE) * self._numel + 32 * world_size

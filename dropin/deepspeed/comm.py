@@ -1,12 +1,8 @@
-"""deepspeed.comm: craken's world, and torch's collectives over it."""
+"""deepspeed.comm: torch's collectives, over craken's world."""
 
+from torch.distributed import *  # noqa: F403 - all of it is offered here too
 from torch.distributed import ReduceOp as ReduceOp
-from torch.distributed import all_gather as all_gather
-from torch.distributed import all_reduce as all_reduce
-from torch.distributed import barrier as barrier
-from torch.distributed import broadcast as broadcast
-from torch.distributed import destroy_process_group as destroy_process_group
-from torch.distributed import new_group as new_group
+from torch.distributed.distributed_c10d import _get_default_group as get_world_group  # noqa: F401
 
 from craken.comm import get_local_rank as get_local_rank
 from craken.comm import get_rank as get_rank

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import pytest
+import torch
 import torch.distributed as dist
 from torch import nn
+from torch.utils.data import TensorDataset
 
-CONFIG = {"train_micro_batch_size_per_gpu": 1, "optimizer": {"type": "AdamW", "params": {"lr": 1e-3}}}
+PLAIN = {"train_micro_batch_size_per_gpu": 1}
+CONFIG = {**PLAIN, "optimizer": {"type": "AdamW", "params": {"lr": 1e-3}}}
 
 
 def start(odd_rank: int, odd_config: dict, width: int, frozen: bool) -> str:
@@ -26,12 +29,12 @@ def start(odd_rank: int, odd_config: dict, width: int, frozen: bool) -> str:
     [
         ({"zero_optimization": {"stage": 1}}, 4, False, "rank 2: zero_optimization.stage is 1, on rank 0 it is absent"),
         ({"gradient_clipping": 0.5}, 4, False, "rank 2: gradient_clipping is 0.5, on rank 0 it is absent"),
-        ({}, 5, False, "rank 2: the model: parameter 0.weight (5, 4) float32 trainable, on rank 0 0.weight (4, 4)"),
+        ({}, 5, False, "rank 2: the model: parameter 0.weight (5, 4) float32 trainable, on rank 0 parameter 0.weight (4, 4)"),
         (
             {},
             4,
             True,
-            "rank 2: the model: parameter 0.bias (4,) float32 frozen, on rank 0 0.bias (4,) float32 trainable",
+            "rank 2: the model: parameter 0.bias (4,) float32 frozen, on rank 0 parameter 0.bias (4,) float32 trainable",
         ),
     ],
     ids=["stage", "clipping", "shape", "frozen"],
@@ -40,6 +43,42 @@ def test_every_rank_raises_the_same_message_naming_who_and_what(run_ranks, confi
     messages = run_ranks(start, 4, 2, config, width, frozen)
     assert len(set(messages)) == 1
     assert "rank(s) 2 of 4 differ from rank 0" in messages[0]
+    assert difference in messages[0]
+
+
+def start_training(odd_rank: int, what: str) -> str:
+    import craken
+
+    is_odd = dist.get_rank() == odd_rank
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    if is_odd and what == "class":
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    if is_odd and what == "options":
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    if is_odd and what == "members":
+        optimizer = torch.optim.AdamW(list(model.parameters())[1:], lr=1e-3)
+    samples = torch.zeros(9 if is_odd and what == "samples" else 12, 4)
+    with pytest.raises(ValueError, match="all ranks must be started") as caught:
+        craken.initialize(model=model, optimizer=optimizer, training_data=TensorDataset(samples), config=PLAIN)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("what", "difference"),
+    [
+        ("class", "rank 1: the optimizer is SGD, on rank 0 it is AdamW"),
+        ("options", "rank 1: the optimizer's groups: group 0 with {'lr': 0.01"),
+        (
+            "members",
+            "the optimizer's groups: group 0, parameter of shape (4,), on rank 0 group 0, parameter of shape (4, 4)",
+        ),
+        ("samples", "rank 1: the number of training samples is 9, on rank 0 it is 12"),
+    ],
+)
+def test_ranks_that_train_with_something_else_are_named(run_ranks, what, difference) -> None:
+    messages = run_ranks(start_training, 2, 1, what)
+    assert len(set(messages)) == 1
     assert difference in messages[0]
 
 

@@ -17,6 +17,8 @@ NAMES = """
 deepspeed: initialize init_distributed add_config_arguments DeepSpeedEngine get_accelerator log_dist logger __version__
 deepspeed: DeepSpeedConfig DeepSpeedConfigError
 deepspeed.comm: init_distributed is_initialized get_rank get_world_size get_local_rank barrier all_reduce ReduceOp
+deepspeed.comm: all_gather_into_tensor reduce_scatter_tensor all_to_all_single send recv isend irecv reduce gather
+deepspeed.comm: scatter all_gather broadcast new_group destroy_process_group get_global_rank get_world_group
 deepspeed.accelerator: get_accelerator
 deepspeed.utils: logger log_dist RepeatingLoader
 deepspeed.utils.logging: logger log_dist

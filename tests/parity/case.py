@@ -25,6 +25,7 @@ class Case:
     steps: int = 20
     traits: Traits = field(default_factory=Traits)
     loss_scale: float = 1.0
+    device: str = "cpu"
 
     def config(self, stage: int) -> dict[str, Any]:
         """Return the engine's config. Small buckets: the tiny model then has several shard groups."""

@@ -52,6 +52,7 @@ class TinyGPT(nn.Module):
             self.position.weight.requires_grad_(False)
 
     def forward(self, tokens: Tensor) -> Tensor:
+        tokens = tokens.to(self.embed.weight.device)
         x = self.embed(tokens[:, :-1]) + self.position.weight
         for block in self.blocks:
             x = block(x)

@@ -17,7 +17,7 @@ def weights_of(model: nn.Module) -> dict[str, Tensor]:
 
 def train_on_concatenated_batch(case: Case) -> Run:
     """fp32: one process that sees in each micro-batch what all ranks see."""
-    model, run = tiny_gpt(case.traits), Run()
+    model, run = tiny_gpt(case.traits).to(case.device), Run()
     trained = [param for param in model.parameters() if param.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, weight_decay=DECAY, fused=True)
     for step in range(case.steps):
@@ -40,7 +40,7 @@ def train_rank_by_rank(case: Case) -> Run:
 
     In fp32 on 2 ranks this takes every sum in the order in which stages 0 and 1 take it, so weights agree to the bit.
     """
-    dtype, model, run = DTYPES[case.dtype], tiny_gpt(case.traits), Run()
+    dtype, model, run = DTYPES[case.dtype], tiny_gpt(case.traits).to(case.device), Run()
     trained = [param for param in model.parameters() if param.requires_grad]
     masters = [nn.Parameter(param.detach().clone()) for param in trained]
     for param in model.parameters():

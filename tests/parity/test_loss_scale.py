@@ -103,3 +103,40 @@ def test_a_scaled_bare_backward_is_the_engines_backward(run_ranks, stage) -> Non
     for ours, bare in run_ranks(scale_bare_loss, 2, stage):
         for expected, weight in zip(ours, bare, strict=True):
             torch.testing.assert_close(weight, expected, rtol=2e-3, atol=1e-4)
+
+
+def joint_backward(second_power: int, second_accumulation: int) -> list[float]:
+    """One fp16 loss through two engines, the second with another loss scale and accumulation count."""
+    import craken
+
+    engines = []
+    for power, accumulation in ((4, 1), (second_power, second_accumulation)):
+        config = {
+            "train_micro_batch_size_per_gpu": 3,
+            "gradient_accumulation_steps": accumulation,
+            "optimizer": ADAMW,
+            "fp16": {"enabled": True, "initial_scale_power": power},
+            "zero_optimization": {"stage": 2},
+            "steps_per_print": 10**9,
+            "gradient_clipping": 0.0,
+        }
+        model = two_paths()
+        engine, *_ = craken.initialize(model=model, model_parameters=model.parameters(), config=config)
+        engines.append(engine)
+    first, second = engines
+    x = inputs(0, dist.get_rank()).half()
+    for _ in range(second_accumulation):
+        first.backward(error(first(x)) + error(second(x)))
+        second.step()
+    first.step()
+    norms = [engine.get_global_grad_norm() for engine in engines]
+    for engine in engines:
+        engine.destroy()
+    return [float(norm) for norm in norms]
+
+
+@pytest.mark.parametrize(("power", "accumulation"), [(4, 1), (7, 1), (4, 2), (2, 2)])
+def test_a_joint_backward_gives_each_engine_its_own_scale(run_ranks, power, accumulation) -> None:
+    norms = run_ranks(joint_backward, 2, power, accumulation)[0]
+    # the same model and loss: the first engine counts every micro-batch, the second averages over its own
+    assert norms[0] == pytest.approx(accumulation * norms[1], rel=1e-2)
