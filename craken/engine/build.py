@@ -14,7 +14,7 @@ from craken.config import BatchSizes, Config, resolve_batch
 from craken.engine.agreement import check_training_agrees
 from craken.engine.data import ResumableLoader
 from craken.engine.memory import keep_freed_memory
-from craken.engine.model import is_castable, named_parameters, place_buffers, place_frozen
+from craken.engine.model import named_parameters, place_buffers, place_frozen
 from craken.engine.monitor import Monitor
 from craken.engine.optimizers import cuts_of, get_optimizer, get_scheduler, members
 from craken.engine.request import Request
@@ -26,12 +26,20 @@ from craken.zero import (
     Binding,
     Budget,
     GroupRules,
+    LiveBudget,
+    ShardedLayers,
     ShardGroup,
+    ShardingPlan,
     Stepping,
     Wire,
-    build_groups,
+    is_castable,
     policy_for_stage,
+    shard_model,
 )
+
+# What a unit of stage 3 may hold, in elements: live weights are one unit in use and one gathered ahead.
+CPU_UNIT_NUMEL = 8 << 20
+CUDA_UNIT_NUMEL = 512 << 20
 
 
 @dataclass(frozen=True)
@@ -52,7 +60,7 @@ class Parts:
     axis: MeshAxis
     device: torch.device
     module: nn.Module
-    groups: list[ShardGroup]
+    layers: ShardedLayers
     binding: Binding | None
     stepping: Stepping
     scheduler: Any
@@ -61,6 +69,11 @@ class Parts:
     stride: Stride
     loader: ResumableLoader[Any] | None
     monitor: Monitor
+
+    @property
+    def groups(self) -> list[ShardGroup]:
+        """The groups that train."""
+        return self.layers.groups
 
 
 def build_parts(request: Request, config: Config, axis: MeshAxis, accelerator: Accelerator) -> Parts:
@@ -78,24 +91,30 @@ def build_parts(request: Request, config: Config, axis: MeshAxis, accelerator: A
     loader = _loader(request, config, batch, axis)
     sharded = _sharded_params(trainable, optimizer)
     ids = {id(param) for _, param in sharded}
+    wire = Wire(axis, transport_for(axis), device)
+    rules = rules_of(config, batch, precision, axis)
+    plan = ShardingPlan(rules, wire, _budget(config, wire), cuts_of(optimizer) if optimizer else {})
+    layers = shard_model(request.model, sharded, plan, _live_budget(config, wire))
+    ids |= {id(param) for group in layers.frozen for param in group.params}
     rest = [(name, param) for name, param in named if id(param) not in ids]
     place_frozen(rest, dtype=precision.compute, device=device, axis=axis)
     place_buffers(request.model, device, axis)
-    wire = Wire(axis, transport_for(axis), device)
-    rules = rules_of(config, batch, precision, axis)
-    groups, binding = _shard(sharded, optimizer, rules, wire, _budget(config, wire))
+    binding = None
+    if optimizer is not None:
+        binding = Binding(optimizer, layers.groups)
+        unfuse_where_missing(optimizer)  # the fragments may live on another device than the parameters did
     return Parts(
         config=config,
         axis=axis,
         device=device,
         module=request.model,
-        groups=groups,
+        layers=layers,
         binding=binding,
         stepping=_stepping(optimizer),
         scheduler=scheduler,
         loss_scale=loss_scale_of(config),
         precision=precision,
-        stride=_stride(config, batch, axis, groups),
+        stride=_stride(config, batch, axis, layers.groups),
         loader=loader,
         monitor=Monitor.of(config),
     )
@@ -143,22 +162,11 @@ def _sharded_params(
     if optimizer is None:
         return []
     held = members(optimizer)
-    return [(name, param) for name, param in trainable if id(param) in held]
-
-
-def _shard(
-    params: list[tuple[str, nn.Parameter]], optimizer: Optimizer | None, rules: GroupRules, wire: Wire, budget: Budget
-) -> tuple[list[ShardGroup], Binding | None]:
-    if optimizer is None:
-        return [], None
+    params = [(name, param) for name, param in trainable if id(param) in held]
     for name, param in params:
         if not is_castable(param):
             raise ValueError(f"parameter {name} is trainable but of dtype {param.dtype}; expected a floating dtype")
-    cuts = cuts_of(optimizer)
-    groups = build_groups(params, cuts=cuts, rules=rules, wire=wire, budget=budget)
-    binding = Binding(optimizer, groups)
-    unfuse_where_missing(optimizer)  # the fragments may live on another device than the parameters did
-    return groups, binding
+    return params
 
 
 def _stepping(optimizer: Optimizer | None) -> Stepping:
@@ -172,6 +180,12 @@ def _stride(config: Config, batch: BatchSizes, axis: MeshAxis, groups: list[Shar
     ranks = axis.size if config.gradient_allreduce_op == "mean" else 1
     skips = config.fp16.enabled or (config.bf16.enabled and config.bf16.check_grad_overflow)
     return Stride(batch, ranks / predivide, config.gradient_clipping, skips)
+
+
+def _live_budget(config: Config, wire: Wire) -> LiveBudget:
+    zero = config.zero_optimization
+    most = CPU_UNIT_NUMEL if wire.device.type == "cpu" else CUDA_UNIT_NUMEL
+    return LiveBudget(min(zero.stage3_max_live_parameters, most), zero.stage3_param_persistence_threshold)
 
 
 def _budget(config: Config, wire: Wire) -> Budget:

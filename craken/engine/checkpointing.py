@@ -21,6 +21,7 @@ from craken.engine.engine import Engine
 from craken.log import log_dist, warn_once
 from craken.spec import ShardSpec
 from craken.zero import state as zero_state
+from craken.zero import whole_numel
 
 FROZEN, BUFFER = "frozen", "buffer"
 
@@ -100,6 +101,8 @@ def load(
 def _pieces(engine: Engine, *, includes_frozen: bool) -> Iterator[Piece]:
     for kind, spec, tensor in zero_state.pieces(engine.parts.binding, engine.groups):
         yield Piece(kind, spec, tensor)
+    for spec, tensor in zero_state.frozen_pieces(engine.parts.layers.frozen) if includes_frozen else ():
+        yield Piece(FROZEN, spec, tensor)
     axis = engine.parts.axis
     for index, (kind, name, tensor) in enumerate(_whole_tensors(engine)):
         # frozen weights are equal on all ranks; buffers (running statistics) may not be: rank 0's count
@@ -111,7 +114,7 @@ def _pieces(engine: Engine, *, includes_frozen: bool) -> Iterator[Piece]:
 
 def _whole_tensors(engine: Engine) -> Iterator[tuple[str, str, Tensor]]:
     """Yield (kind, name, tensor) of what every rank holds whole: parameters that are not trained, kept buffers."""
-    sharded = {id(param) for group in engine.groups for param in group.params}
+    sharded = {id(param) for group in (*engine.groups, *engine.parts.layers.frozen) for param in group.params}
     for name, param in engine.module.named_parameters():
         if id(param) not in sharded:
             yield FROZEN, name, param
@@ -160,7 +163,7 @@ def _check_weights(engine: Engine, reader: Reader, *, is_strict: bool) -> None:
     saved = set(reader.names(zero_state.WEIGHT)) | set(reader.names(FROZEN))
     held = {name for name, _ in engine.module.named_parameters()}
     trained = {name for group in engine.groups for name in group.names}
-    held -= (empty := {name for name, param in engine.module.named_parameters() if param.numel() == 0})
+    held -= (empty := {name for name, param in engine.module.named_parameters() if whole_numel(param) == 0})
     trained, saved = trained - empty, saved - empty
     missing = sorted(trained - set(reader.names(zero_state.WEIGHT)))
     if is_strict:
@@ -179,6 +182,9 @@ def _check_weights(engine: Engine, reader: Reader, *, is_strict: bool) -> None:
 
 def _load_module(engine: Engine, reader: Reader) -> None:
     zero_state.load_weights(engine.groups, reader.read)
+    for spec, tensor in zero_state.frozen_pieces(engine.parts.layers.frozen):
+        if spec.fqn in reader.names(FROZEN):
+            reader.read(FROZEN, spec, tensor)
     saved = {kind: set(reader.names(kind)) for kind in (FROZEN, BUFFER)}
     for kind, name, tensor in _whole_tensors(engine):
         if name in saved[kind]:

@@ -21,20 +21,30 @@ from torch import Tensor, nn
 from craken.comm import phase
 from craken.engine.accumulation import Accumulation
 from craken.engine.build import Parts
+from craken.engine.memory import return_freed_memory
 from craken.engine.model import cast_inputs
 from craken.engine.progress import Progress
 from craken.engine.timers import PhaseTimers
+from craken.log import warn_once
 from craken.precision import dtype_from_name
 from craken.zero import (
     GradientReducer,
+    Lifecycle,
+    Removable,
+    Residence,
     ShardedOptimizer,
     ShardedStep,
     StepResult,
     is_in_backward,
+    register,
     watch_gradients,
     watch_loading,
     watch_outputs,
+    watch_reads,
+    watch_units,
 )
+
+TRIM_EVERY = 4  # steps, where weights come and go
 
 
 class _Running(NamedTuple):
@@ -72,9 +82,26 @@ class Engine(nn.Module):
         if parts.binding is not None:
             self._stepper = ShardedStep(parts.binding, parts.groups, self._reducer, parts.stepping)
             self.optimizer = ShardedOptimizer(parts.binding.optimizer, parts.loss_scale)
-        self._handles = watch_gradients(parts.groups, self._reducer, self._grad_factor)
+        self._handles: list[Removable] = [*watch_gradients(parts.groups, self._reducer, self._grad_factor)]
+        self._lifecycle = self._bring_weights(parts)
         self._handles.append(watch_loading(self.module, self._weights_were_loaded))
         self._autocast_dtype = _autocast_dtype(parts)
+
+    def _bring_weights(self, parts: Parts) -> Lifecycle | None:
+        """Have weights that are kept as shards gathered for each use; None where all are kept whole."""
+        freed = [group for group in (*parts.groups, *parts.layers.frozen) if group.weights is not None]
+        if not freed:
+            return None
+        ahead = min(
+            parts.config.zero_optimization.stage3_prefetch_bucket_size,
+            max(sum(group.layout.padded_numel for group in groups) for groups in parts.layers.groups_of.values()),
+        )
+        residence = Residence(freed, freed[0].wire.transport, max_ahead=ahead)
+        lifecycle = Lifecycle(parts.layers.groups_of, residence, reducer=self._reducer, warn=warn_once)
+        self._reducer.observer = lifecycle
+        register([*parts.groups, *parts.layers.frozen], lifecycle)
+        lifecycle.handles += [*watch_units(parts.layers.units, lifecycle), *watch_reads(parts.module, freed, lifecycle)]
+        return lifecycle
 
     def __getattr__(self, name: str) -> Any:
         """Fall through to the user's module for anything the engine does not have."""
@@ -229,6 +256,8 @@ class Engine(nn.Module):
             self.skipped_steps += 1
             self._progress.note_skip(self.global_steps, scale_before, self.loss_scaler.value)
         self._progress.note_step(self)
+        if self._lifecycle is not None and (self.global_steps <= 2 or self.global_steps % TRIM_EVERY == 0):
+            return_freed_memory()
 
     # --- what users ask -----------------------------------------------------------------------------------------------
 
@@ -274,7 +303,12 @@ class Engine(nn.Module):
             group.take_from_params()
 
     def destroy(self) -> None:
-        """Take all hooks off the module; it can be given to `initialize` again."""
+        """Take all hooks off the module; it can be given to `initialize` again.
+
+        Weights that are kept as shards stay so: read them inside of `GatheredParameters`.
+        """
+        if self._lifecycle is not None:
+            self._lifecycle.retire()
         for handle in self._handles:
             handle.remove()
         self._handles = []

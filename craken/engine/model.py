@@ -10,16 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from craken.comm import MeshAxis, broadcast
+from craken.zero import is_castable
 
 
 def named_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     """Return the model's parameters by name; a tied one once, under its first name."""
     return list(model.named_parameters())
-
-
-def is_castable(tensor: Tensor) -> bool:
-    """Say whether a parameter's dtype may be changed: floating, and not packed quantised data."""
-    return tensor.is_floating_point() and not hasattr(tensor, "quant_state") and tensor.element_size() > 1
 
 
 def place_frozen(

@@ -1,15 +1,22 @@
 """The sharding engine: one set of verbs, a ZeRO stage is a row of a table."""
 
+from craken.zero.access import GatheredParameters, register
+from craken.zero.autograd import is_in_backward, tensors_in
 from craken.zero.binding import Binding
-from craken.zero.build import build_groups
+from craken.zero.build import LiveBudget, ShardedLayers, ShardingPlan, is_castable, shard_model
 from craken.zero.facade import ShardedOptimizer
 from craken.zero.group import GroupRules, ShardGroup, Wire
 from craken.zero.grouping import CPU_GROUP_BYTES, CUDA_GROUP_BYTES, Budget
-from craken.zero.hooks import is_in_backward, tensors_in, watch_gradients, watch_loading, watch_outputs
+from craken.zero.hooks import watch_gradients, watch_loading, watch_outputs, watch_reads, watch_units
 from craken.zero.layout import Cut
+from craken.zero.lifecycle import Lifecycle, Removable
 from craken.zero.optimizer import ShardedStep, Stepping, StepResult
 from craken.zero.policy import Keep, Policy, policy_for_stage
 from craken.zero.reducer import GradientReducer
+from craken.zero.residence import Residence
+from craken.zero.room import mapped_bytes
+from craken.zero.units import whole_numel
+from craken.zero.weights import ZeroParamStatus
 
 __all__ = [
     "CPU_GROUP_BYTES",
@@ -17,21 +24,35 @@ __all__ = [
     "Binding",
     "Budget",
     "Cut",
+    "GatheredParameters",
     "GradientReducer",
     "GroupRules",
     "Keep",
+    "Lifecycle",
+    "LiveBudget",
     "Policy",
+    "Removable",
+    "Residence",
     "ShardGroup",
+    "ShardedLayers",
     "ShardedOptimizer",
     "ShardedStep",
+    "ShardingPlan",
     "StepResult",
     "Stepping",
     "Wire",
-    "build_groups",
+    "ZeroParamStatus",
+    "is_castable",
     "is_in_backward",
+    "mapped_bytes",
     "policy_for_stage",
+    "register",
+    "shard_model",
     "tensors_in",
     "watch_gradients",
     "watch_loading",
     "watch_outputs",
+    "watch_reads",
+    "watch_units",
+    "whole_numel",
 ]

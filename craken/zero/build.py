@@ -1,45 +1,100 @@
-"""Turns a model's parameters into shard groups."""
+"""Turns a model's parameters into shard groups, and at stage 3 into units that bring their weights together."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
+from craken.zero.access import take_out
 from craken.zero.group import GroupRules, ShardGroup, Wire
 from craken.zero.grouping import Budget, ParamFacts, plan_groups
 from craken.zero.layout import Cut
+from craken.zero.policy import policy_for_stage
+from craken.zero.units import Unit, plan_units, whole_numel
+
+Named = tuple[str, nn.Parameter]
 
 
-def build_groups(
-    named_params: Sequence[tuple[str, nn.Parameter]],
-    *,
-    cuts: Mapping[int, Cut],
-    rules: GroupRules,
-    wire: Wire,
-    budget: Budget,
-) -> list[ShardGroup]:
-    """Collective over the axis: move trainable parameters into shard groups, in order.
+@dataclass(frozen=True)
+class ShardingPlan:
+    """How groups are made: their rules, what they talk through, their size, and by id how parameters may be cut."""
 
-    cuts: by id of a parameter, how it may be cut (default PACKED). budget: how large a group may be.
+    rules: GroupRules
+    wire: Wire
+    budget: Budget
+    cuts: Mapping[int, Cut]
+
+
+@dataclass(frozen=True)
+class LiveBudget:
+    """At stage 3, in elements: what a unit may hold, and up to which size a parameter stays whole all the time."""
+
+    unit_numel: int
+    persistent_numel: int
+    leaves: Collection[nn.Module] = ()
+
+
+@dataclass(frozen=True)
+class ShardedLayers:
+    """A model's groups. `frozen` and `units` are empty below stage 3; `groups_of` goes by id of a unit's module."""
+
+    groups: list[ShardGroup]
+    frozen: list[ShardGroup]
+    units: list[Unit]
+    groups_of: dict[int, list[ShardGroup]]
+
+
+def shard_model(model: nn.Module, trained: Sequence[Named], plan: ShardingPlan, live: LiveBudget) -> ShardedLayers:
+    """Collective over the axis: move `trained`, and at stage 3 the large frozen parameters too, into shard groups.
+
+    Groups of trained parameters come in the order of the model, those that stay whole at stage 3 after all others.
     """
-    dtypes = [_compute_dtype(param, rules) for _, param in named_params]
+    if not plan.rules.policy.frees_params:
+        return ShardedLayers(build_groups(trained, plan), [], [], {})
+    names = {id(param): name for name, param in trained}
+    small = [named for named in trained if whole_numel(named[1]) <= live.persistent_numel]
+    units = plan_units(model, max_numel=live.unit_numel, leaves=live.leaves)
+    layers = ShardedLayers([], [], units, {})
+    frozen_plan = dataclasses.replace(plan, rules=dataclasses.replace(plan.rules, trains=False))
+    for unit in units:
+        large = [named for named in unit.params if whole_numel(named[1]) > live.persistent_numel]
+        mine = build_groups([(names[id(param)], param) for _, param in large if id(param) in names], plan)
+        others = build_groups([(name, param) for name, param in large if id(param) not in names], frozen_plan)
+        layers.groups.extend(mine)
+        layers.frozen.extend(others)
+        layers.groups_of[id(unit.module)] = mine + others
+    stays = dataclasses.replace(plan.rules, policy=policy_for_stage(2))
+    layers.groups.extend(build_groups(small, dataclasses.replace(plan, rules=stays)))
+    return layers
+
+
+def build_groups(named_params: Sequence[Named], plan: ShardingPlan) -> list[ShardGroup]:
+    """Collective over the axis: move parameters into shard groups, in order."""
+    dtypes = [_compute_dtype(param, plan.rules) for _, param in named_params]
     facts = [
-        ParamFacts(name, param.numel(), str(dtype), dtype.itemsize, cuts.get(id(param), Cut.PACKED))
+        ParamFacts(name, whole_numel(param), str(dtype), dtype.itemsize, plan.cuts.get(id(param), Cut.PACKED))
         for (name, param), dtype in zip(named_params, dtypes, strict=True)
     ]
     groups = []
-    for indices in plan_groups(facts, world_size=wire.axis.size, budget=budget):
+    for indices in plan_groups(facts, world_size=plan.wire.axis.size, budget=plan.budget):
         first = indices[0]
-        group_rules = dataclasses.replace(rules, cut=facts[first].cut)
+        rules = dataclasses.replace(plan.rules, cut=facts[first].cut)
         members = [named_params[index] for index in indices]
+        take_out([param for _, param in members])
         names, params = [name for name, _ in members], [param for _, param in members]
-        groups.append(ShardGroup(names, params, dtypes[first], group_rules, wire))
+        groups.append(ShardGroup(names, params, dtypes[first], rules, plan.wire))
     return groups
+
+
+def is_castable(tensor: torch.Tensor) -> bool:
+    """Say whether a parameter's dtype may be changed: floating, and not packed quantised data."""
+    return tensor.is_floating_point() and not hasattr(tensor, "quant_state") and tensor.element_size() > 1
 
 
 def _compute_dtype(param: nn.Parameter, rules: GroupRules) -> torch.dtype:
     compute = rules.precision.compute
-    return compute if compute is not None and param.is_floating_point() else param.dtype
+    return compute if compute is not None and is_castable(param) else param.dtype

@@ -4,10 +4,11 @@ The parameters are views of the flat `full` buffer, so gathering it is one colle
 rank r's shard is its elements [r*S, (r+1)*S). Gradients come from autograd one tensor at a time and are copied (later:
 added) into a flat buffer of the same layout. What happens to them follows from the group's row of the policy table:
 
+    weights      with params SHARD, gather and free `full` around each use (weights.py)
     accumulate   autograd's tensor -> `pending` (scratch, full)
     start_reduce pending -> shards: a reduce-scatter leaves; with the optimizer FULL an all-gather follows it
     finish       the sum is in `reduced` (this rank's shard, or the full buffer), pending is free again
-    refresh      master -> this rank's part of `full`, all-gather to the others
+    refresh      master -> this rank's part of the weights; where they are kept whole, all-gather to the others
 
 In fp32 the master *is* the rank's part of the full buffer. Sums are over ranks and micro-batches; the division by
 their number happens once, in the optimizer's step.
@@ -26,6 +27,8 @@ from craken.precision import Precision, master_dtype
 from craken.spec import ShardSpec
 from craken.zero.layout import Cut, Fragment, lay_out
 from craken.zero.policy import Keep, Policy
+from craken.zero.room import lasting_copy
+from craken.zero.weights import ShardedWeights
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,7 @@ class GroupRules:
 
     `predivide` divides gradients before they travel, against overflow in fp16. `accumulates` says that a step has
     several micro-batches, so that gradients kept FULL are held between them; with one, they only pass through.
+    `trains` false is for frozen parameters: no gradients, no optimizer, the shard of the weights is all there is.
     """
 
     policy: Policy
@@ -50,6 +54,7 @@ class GroupRules:
     cut: Cut = Cut.PACKED
     predivide: float = 1.0
     accumulates: bool = False
+    trains: bool = True
 
     @property
     def retains_full_grads(self) -> bool:
@@ -92,6 +97,7 @@ class ShardGroup:
         self.shapes = [tuple(param.shape) for param in params]
         self.layout = lay_out([param.numel() for param in params], wire.axis.size, self._cut())
         self.dtype = dtype
+        self.weights: ShardedWeights | None = None
         self.full, self.master = self._move_in()
         self.fragments = self._make_fragments()
         self._pending: Tensor | None = None
@@ -110,7 +116,8 @@ class ShardGroup:
 
     def _move_in(self) -> tuple[Tensor, Tensor]:
         """Return (full [padded_numel], master [padded_numel or shard_numel]) holding the parameters' values."""
-        precise = torch.empty(self.layout.padded_numel, dtype=master_dtype(self.dtype), device=self.wire.device)
+        dtype = master_dtype(self.dtype) if self.rules.trains else self.dtype
+        precise = torch.empty(self.layout.padded_numel, dtype=dtype, device=self.wire.device)
         for param, slot in zip(self.params, self.layout.slots, strict=True):
             precise.narrow(0, slot.offset, slot.numel).view(param.shape).copy_(param.data)
         self._zero_gaps(precise)
@@ -122,6 +129,10 @@ class ShardGroup:
         if self.policy.optimizer is Keep.FULL:
             return full, precise
         own = self.own_part(precise)
+        if self.policy.frees_params:
+            master = own if full is precise else lasting_copy(own)
+            self.weights = ShardedWeights(full, self.params, self.layout, self.wire.axis.rank)
+            return self.weights.full, self.weights.shard if full is precise else master
         return full, own if full is precise else own.clone()
 
     def _make_fragments(self) -> list[MasterFragment]:
@@ -137,7 +148,7 @@ class ShardGroup:
         if piece.numel == self.layout.slots[piece.slot].numel and self._keeps_shapes:
             view = view.view(shape)
         spec = ShardSpec(self.names[piece.slot], shape, piece.param_offset, piece.numel)
-        return MasterFragment(piece.slot, spec, nn.Parameter(view))
+        return MasterFragment(piece.slot, spec, nn.Parameter(view, requires_grad=view.is_floating_point()))
 
     @property
     def _keeps_shapes(self) -> bool:
@@ -319,22 +330,43 @@ class ShardGroup:
 
     def refresh(self) -> Pending | None:
         """Collective over the axis where the row says so: bring the updated master to every rank's parameters."""
-        if self.master.dtype != self.full.dtype:
-            target = self.full if self.policy.optimizer is Keep.FULL else self.own_part(self.full)
-            target.copy_(self.master)
+        if self.master.dtype != self.dtype:
+            self._kept_weights().copy_(self.master)
         if not self.policy.gathers_params_after_step:
             return None
         return self.wire.transport.all_gather(self.full, label=self.label)
 
     def take_from_params(self) -> None:
         """Make the parameters' values the master's, after somebody else has written to them."""
-        if self.master.dtype != self.full.dtype:
-            self.master.copy_(self.full if self.policy.optimizer is Keep.FULL else self.own_part(self.full))
+        if self.weights is not None:
+            if not self.weights.is_whole:
+                return
+            self.weights.shard.copy_(self.own_part(self.full))
+        if self.master.dtype != self.dtype:
+            self.master.copy_(self._kept_weights())
+
+    def collect_values(self) -> None:
+        """Bring values that users gave the whole parameters (`.data = ...`) into the flat buffer they are views of."""
+        for param, slot, shape in zip(self.params, self.layout.slots, self.shapes, strict=True):
+            view = self.full.narrow(0, slot.offset, slot.numel).view(shape)
+            if param.data.data_ptr() != view.data_ptr() and slot.numel:
+                view.copy_(param.data)
+                param.data = view
+
+    def _kept_weights(self) -> Tensor:
+        """Return the weights in the compute dtype that the master stands for."""
+        if self.weights is not None:
+            return self.weights.shard
+        return self.full if self.policy.optimizer is Keep.FULL else self.own_part(self.full)
 
     def check_integrity(self) -> None:
         """Assert that parameters are views of the full buffer and that nothing is under way."""
         assert self._work is None, f"{self.label}: a collective is under way"
         assert self._travelling is None, f"{self.label}: a gradient buffer was forgotten"
+        if self.weights is not None and not self.weights.is_whole:
+            assert self.weights.num_bytes == 0, f"{self.label}: freed weights still take memory"
+            assert all(tuple(param.shape) == (0,) for param in self.params), f"{self.label}: a parameter was not freed"
+            return
         for name, param, slot, shape in zip(self.names, self.params, self.layout.slots, self.shapes, strict=True):
             place = self.full.data_ptr() + slot.offset * self.full.element_size()
             assert param.data.data_ptr() == place or slot.numel == 0, f"{name} is no view of its group's buffer"

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 from weakref import WeakMethod
 
-import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakIdKeyDictionary
 
+from craken.zero.autograd import tensors_in
 from craken.zero.group import ShardGroup
+from craken.zero.lifecycle import Lifecycle
 from craken.zero.reducer import GradientReducer
+from craken.zero.units import Unit
 
 _watched: WeakIdKeyDictionary = WeakIdKeyDictionary()  # parameter -> the handle of the hook that takes its gradients
 
@@ -81,25 +82,66 @@ def watch_loading(module: nn.Module, loaded: Callable[[], None]) -> RemovableHan
     return handle
 
 
-def tensors_in(value: Any, depth: int = 4) -> Iterator[Tensor]:
-    """Yield the tensors in nested tuples, lists, dicts and dataclasses, to the given depth."""
-    if isinstance(value, Tensor):
-        yield value
-    elif depth > 0:
-        for inner in _children(value):
-            yield from tensors_in(inner, depth - 1)
+def watch_units(units: Sequence[Unit], lifecycle: Lifecycle) -> list[RemovableHandle]:
+    """Have the weights of each unit gathered and freed around its forward and backward."""
+    handles = []
+    for unit in units:
+        handles += _watch_unit(unit, lifecycle)
+    return handles
 
 
-def _children(value: Any) -> list[Any]:
-    if isinstance(value, (tuple, list)):
-        return list(value)
-    if isinstance(value, dict):
-        return list(value.values())
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return [getattr(value, field.name, None) for field in dataclasses.fields(value)]
-    return []
+def _watch_unit(unit: Unit, lifecycle: Lifecycle) -> list[RemovableHandle]:
+    def before(module: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return lifecycle.before_forward(unit, inputs, kwargs) if module is unit.module else None  # no copy of it
+
+    def after(module: nn.Module, inputs: tuple[Any, ...], outputs: Any) -> None:
+        if module is unit.module:
+            lifecycle.after_forward(unit, outputs)
+
+    return [
+        unit.module.register_forward_pre_hook(before, prepend=True, with_kwargs=True),
+        unit.module.register_forward_hook(after, always_call=True),
+    ]
 
 
-def is_in_backward() -> bool:
-    """Say whether autograd is running a backward on this thread."""
-    return bool(torch._C._current_graph_task_id() != -1)
+class _WatchedParameters(dict[str, Any]):
+    """A module's parameters by name; tells of each one that is read as an attribute. Copies are ordinary dicts."""
+
+    def __init__(self, params: dict[str, Any], was_read: Callable[[Any], None]) -> None:
+        super().__init__(params)
+        self._was_read = was_read
+
+    def __getitem__(self, name: str) -> Any:
+        param = super().__getitem__(name)
+        self._was_read(param)
+        return param
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return dict, (dict(self),)
+
+
+class _Watching:
+    """Undoes the watching of a module's parameters."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+
+    def remove(self) -> None:
+        object.__setattr__(self._module, "_parameters", dict(self._module._parameters))
+
+
+def watch_reads(model: nn.Module, groups: Sequence[ShardGroup], lifecycle: Lifecycle) -> list[_Watching]:
+    """Have weights gathered that a forward reads outside of their owner (tied heads, fused losses, adapters)."""
+    group_of = {id(param): group for group in groups for param in group.params}
+
+    def was_read(param: Any) -> None:
+        group = group_of.get(id(param))
+        if group is not None and lifecycle.is_running():
+            lifecycle.read_in_forward(group)
+
+    watching = []
+    for module in model.modules():
+        if any(id(param) in group_of for param in module._parameters.values()):
+            object.__setattr__(module, "_parameters", _WatchedParameters(module._parameters, was_read))
+            watching.append(_Watching(module))
+    return watching

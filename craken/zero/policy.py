@@ -4,6 +4,7 @@
 stage 0    FULL     FULL   FULL          2 Psi      all-reduce = reduce-scatter + all-gather
 stage 1    SHARD    FULL   FULL          2 Psi      reduce-scatter at the boundary, all-gather after the step
 stage 2    SHARD    SHARD  FULL          (g+1) Psi  reduce-scatter in each backward, all-gather after the step
+stage 3    SHARD    SHARD  SHARD         3 g Psi    all-gather in each forward and each backward, reduce-scatter in each
 """
 
 from __future__ import annotations
@@ -42,11 +43,17 @@ class Policy:
         """The step updated only this rank's shard of parameters that are kept whole."""
         return self.optimizer is Keep.SHARD and self.params is Keep.FULL
 
+    @property
+    def frees_params(self) -> bool:
+        """Parameters are whole only while a forward or backward uses them."""
+        return self.params is Keep.SHARD
+
 
 _STAGES = {
     0: Policy(Keep.FULL, Keep.FULL, Keep.FULL),
     1: Policy(Keep.SHARD, Keep.FULL, Keep.FULL),
     2: Policy(Keep.SHARD, Keep.SHARD, Keep.FULL),
+    3: Policy(Keep.SHARD, Keep.SHARD, Keep.SHARD),
 }
 
 

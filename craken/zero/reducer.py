@@ -20,6 +20,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Protocol
 
 import torch
 
@@ -29,12 +30,24 @@ from craken.zero.group import ShardGroup
 _MAX_IN_FLIGHT = 2  # groups; more would only hold scratch memory
 
 
+class BackwardObserver(Protocol):
+    """Who wants to know how a backward proceeds."""
+
+    def gradients_came(self, group: ShardGroup) -> None:
+        """Every parameter of `group` has got its gradient in this backward."""
+
+    def backward_ended(self) -> None:
+        """The outermost backward is over, or has failed."""
+
+
 class GradientReducer:
     """Watches gradients arrive and reduces groups in the agreed order."""
 
     def __init__(self, groups: Sequence[ShardGroup], *, should_reduce: Callable[[], bool]) -> None:
         """`should_reduce` says at the start of a backward whether this one's gradients leave the rank."""
         self._groups = list(groups)
+        self._index = {id(group): index for index, group in enumerate(groups)}
+        self.observer: BackwardObserver | None = None
         self._should_reduce = should_reduce
         self._order = list(reversed(range(len(groups))))
         self._order_is_agreed = False
@@ -94,6 +107,18 @@ class GradientReducer:
             self._completed.append(index)
             if self._reduces_now:
                 self._send_complete_groups()
+            if self.observer is not None:
+                self.observer.gradients_came(self._groups[index])
+
+    def is_complete(self, group: ShardGroup) -> bool:
+        """Say whether no gradient of `group` is missing in the backward that runs; true for groups that have none."""
+        index = self._index.get(id(group))
+        return index is None or (self.is_running and self._missing[index] == 0)
+
+    @property
+    def is_expecting(self) -> bool:
+        """A backward is known to run, and its end will be noticed."""
+        return self._ends_by_itself
 
     def _send_complete_groups(self) -> None:
         while self._next < len(self._order) and self._missing[self._order[self._next]] == 0:
@@ -117,15 +142,16 @@ class GradientReducer:
     def finish_backward(self) -> None:
         """Collective when this backward reduces: send every group that has not left yet, zeros where nothing came."""
         self._ends_by_itself = False
-        if not self.is_running:
-            return
-        self.is_running = False
-        self.num_backwards += 1
-        if self._reduces_now:
-            for index in self._order[self._next :]:
-                self._send(self._groups[index])
-            self._next = len(self._order)
-            self._drain()
+        if self.is_running:
+            self.is_running = False
+            self.num_backwards += 1
+            if self._reduces_now:
+                for index in self._order[self._next :]:
+                    self._send(self._groups[index])
+                self._next = len(self._order)
+                self._drain()
+        if self.observer is not None:
+            self.observer.backward_ended()
 
     def abandon_backward(self) -> None:
         """Forget that a backward was running: it raised. What it had reduced stays."""
@@ -133,6 +159,8 @@ class GradientReducer:
         if self.is_running:
             self.is_running = False
             self._drain()
+            if self.observer is not None:
+                self.observer.backward_ended()
 
     def _drain(self) -> None:
         while self._in_flight:

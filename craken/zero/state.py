@@ -37,6 +37,14 @@ def pieces(binding: Binding | None, groups: Sequence[ShardGroup]) -> Iterator[Na
                 yield OPTIMIZER + key, spec, value.reshape(-1).narrow(0, start, numel)
 
 
+def frozen_pieces(groups: Sequence[ShardGroup]) -> Iterator[tuple[ShardSpec, Tensor]]:
+    """Yield (spec, tensor [spec.numel]) for each part of a frozen weight that this rank keeps a shard of."""
+    for group in groups:
+        for fragment in group.fragments:
+            if fragment.spec.numel:
+                yield fragment.spec, fragment.tensor.detach().view(-1)
+
+
 def scalars(binding: Binding) -> dict[str, dict[str, Any]]:
     """Return what the optimizer keeps for a parameter besides tensors of its shape (step counts), by name."""
     found: dict[str, dict[str, Any]] = {}

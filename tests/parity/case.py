@@ -26,6 +26,7 @@ class Case:
     traits: Traits = field(default_factory=Traits)
     loss_scale: float = 1.0
     device: str = "cpu"
+    persistent: int = 0  # elements up to which a parameter stays whole at stage 3
 
     def config(self, stage: int) -> dict[str, Any]:
         """Return the engine's config. Small buckets: the tiny model then has several shard groups."""
@@ -35,7 +36,12 @@ class Case:
             "steps_per_print": 10**9,
             "gradient_clipping": self.clip,  # absent, it is 1.0
             "optimizer": {"type": "AdamW", "params": {"lr": LEARNING_RATE, "weight_decay": DECAY}},
-            "zero_optimization": {"stage": stage, "reduce_bucket_size": 2000, "allgather_bucket_size": 2000},
+            "zero_optimization": {
+                "stage": stage,
+                "reduce_bucket_size": 2000,
+                "allgather_bucket_size": 2000,
+                "stage3_param_persistence_threshold": self.persistent,
+            },
         }
         if self.dtype == "bf16":
             config["bf16"] = {"enabled": True}

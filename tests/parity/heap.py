@@ -21,9 +21,11 @@ def can_count() -> bool:
 
 
 def bytes_in_use() -> int:
-    """Return the bytes in use after garbage collection: in the heap and in blocks mapped apart."""
+    """Return the bytes in use after garbage collection: in the heap, in blocks mapped apart, in rooms."""
+    from craken.zero import mapped_bytes
+
     gc.collect()
     function = ctypes.CDLL("libc.so.6").mallinfo2
     function.restype = _Mallinfo2
     info = function()
-    return int(info.uordblks + info.hblkhd)
+    return int(info.uordblks + info.hblkhd) + mapped_bytes()

@@ -12,6 +12,14 @@ from tests.parity.model import TinyGPT, batch, tiny_gpt
 
 
 def weights_of(model: nn.Module) -> dict[str, Tensor]:
+    """Return copies of all weights, by name; collective where an engine keeps them as shards."""
+    from craken.zero import GatheredParameters
+
+    with GatheredParameters(model.parameters()):
+        return _copies(model)
+
+
+def _copies(model: nn.Module) -> dict[str, Tensor]:
     return {name: param.detach().clone() for name, param in model.named_parameters()}
 
 

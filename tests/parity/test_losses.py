@@ -1,4 +1,4 @@
-"""Stages 0-2 against plain PyTorch: losses, gradient norms and weights over twenty steps.
+"""Stages 0-3 against plain PyTorch: losses, gradient norms and weights over twenty steps.
 
 fp32 agrees with one process on the concatenated batch to 1e-6 relative; sums are the only thing that differs in order.
 bf16 and fp16 are held against a plain loop with the same casts and an fp32 master. What differs there is where a
@@ -18,7 +18,7 @@ from tests.parity.engine_run import train_stages
 from tests.parity.model import Traits
 from tests.parity.plain import train_on_concatenated_batch, train_rank_by_rank
 
-STAGES = [0, 1, 2]
+STAGES = [0, 1, 2, 3]
 TOLERANCE = {"fp32": 1e-6, "bf16": 2e-3, "fp16": 5e-4}
 SCALE = {"fp32": 1.0, "bf16": 1.0, "fp16": 1024.0}
 

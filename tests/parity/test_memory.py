@@ -3,15 +3,17 @@
 Mixed precision with Adam, bytes for Psi parameters on N ranks, measured between the micro-batches of the second step,
 when optimizer states exist and gradients are being accumulated:
 
-    gradients kept in      stage 0    stage 1              stage 2
-    the compute dtype      16 Psi     4 Psi + 12 Psi/N     2 Psi + 14 Psi/N
-    fp32                   18 Psi     6 Psi + 12 Psi/N     2 Psi + 16 Psi/N
+    gradients kept in      stage 0    stage 1              stage 2              stage 3
+    the compute dtype      16 Psi     4 Psi + 12 Psi/N     2 Psi + 14 Psi/N     16 Psi/N
+    fp32                   18 Psi     6 Psi + 12 Psi/N     2 Psi + 16 Psi/N     18 Psi/N
 
 Scratch that does not grow with the model (buffers of the exchange, Python) is taken out by measuring two models of
 different size and dividing the difference by the difference in parameters.
 """
 
 from __future__ import annotations
+
+import gc
 
 import pytest
 import torch
@@ -26,7 +28,12 @@ pytestmark = pytest.mark.skipif(not heap.can_count(), reason="needs glibc's mall
 
 
 def expected_bytes_per_parameter(stage: int, world_size: int, grad_bytes: int) -> float:
-    full, sharded = {0: (14 + grad_bytes, 0), 1: (2 + grad_bytes, 12), 2: (2, 12 + grad_bytes)}[stage]
+    full, sharded = {
+        0: (14 + grad_bytes, 0),
+        1: (2 + grad_bytes, 12),
+        2: (2, 12 + grad_bytes),
+        3: (0, 14 + grad_bytes),
+    }[stage]
     return full + sharded / world_size
 
 
@@ -66,7 +73,7 @@ def bytes_per_parameter(stage: int, accumulate_dtype: str | None) -> float:
     return (large - small) / ((LARGE - SMALL) * WIDTH * WIDTH)
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
 @pytest.mark.parametrize(
     ("world_size", "accumulate_dtype", "grad_bytes"),
     [(2, None, 4), (2, "fp32", 4), (2, "bf16", 2), (4, None, 4), (4, "bf16", 2)],
@@ -78,6 +85,7 @@ def test_model_states_take_what_the_paper_says(run_ranks, stage, world_size, acc
 
 
 def heap_sees_a_tensor() -> tuple[int, int]:
+    gc.collect()
     before = heap.bytes_in_use()
     kept = torch.empty(1 << 20)
     grown = heap.bytes_in_use() - before
@@ -88,4 +96,4 @@ def heap_sees_a_tensor() -> tuple[int, int]:
 def test_the_ruler_counts_a_tensor_and_its_end(run_ranks) -> None:
     ((grown, left),) = run_ranks(heap_sees_a_tensor, 1)
     assert grown == pytest.approx(4 << 20, rel=0.01)
-    assert abs(left) < 50_000
+    assert abs(left) < 0.02 * (4 << 20)

@@ -1,7 +1,7 @@
 """Bytes on the wire per step, and the whole list of events: each stage sends what the ZeRO paper says and no more.
 
-Elements sent by a rank in a step of g micro-batches, times (N-1)/N: 2 Psi at stages 0 and 1, (g + 1) Psi at stage 2;
-plus padding (a shard is a multiple of 32 elements), plus a few scalars for norm and vote.
+Elements sent by a rank in a step of g micro-batches, times (N-1)/N: 2 Psi at stages 0 and 1, (g + 1) Psi at stage 2,
+3 g Psi at stage 3; plus padding (a shard is a multiple of 32 elements), plus a few scalars for norm and vote.
 """
 
 from __future__ import annotations
@@ -54,14 +54,14 @@ def one_step(case: Case, stage: int) -> tuple[list[Sent], int]:
 
 
 def expected_elements(stage: int, accumulation: int, world_size: int) -> float:
-    times = 2 if stage < 2 else accumulation + 1
+    times = {0: 2, 1: 2, 2: accumulation + 1, 3: 3 * accumulation}[stage]
     return times * PSI * (world_size - 1) / world_size
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("accumulation", [1, 4])
 @pytest.mark.parametrize("world_size", [2, 4])
-@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_a_step_sends_what_the_paper_says(run_ranks, stage, world_size, accumulation, dtype) -> None:
     case = Case(dtype, world_size, accumulation, clip=1.0, traits=TRAITS)
     floor = expected_elements(stage, accumulation, world_size)
@@ -103,6 +103,20 @@ def test_the_event_list_follows_from_the_stage(run_ranks, stage, accumulation) -
         assert ops == ["reduce_scatter"] * len(reduced) + ["all_gather"] * len(gathered)
     others_ops = {event.op for event in events} - {"reduce_scatter", "all_gather"}
     assert others_ops <= {"all_reduce"}, f"unexpected traffic: {others_ops}"
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_stage_3_gathers_each_group_once_a_forward_and_once_a_backward(run_ranks, accumulation) -> None:
+    case = Case(world_size=2, accumulation=accumulation, traits=TRAITS)
+    (events, _), (others, _) = run_ranks(one_step, 2, case, 3)
+    assert [(e.op, e.label, e.numel) for e in events] == [(e.op, e.label, e.numel) for e in others]
+    reduced = [event.label for event in events if event.op == "reduce_scatter"]
+    gathered = [event.label.removesuffix(" (weights)") for event in events if event.op == "all_gather"]
+    groups = set(reduced)
+    assert len(groups) >= 3, "the tiny model should have several shard groups"
+    assert sorted(reduced) == sorted([*groups] * accumulation)
+    assert sorted(gathered) == sorted([*groups] * 2 * accumulation)
+    assert {event.op for event in events} == {"reduce_scatter", "all_gather", "all_reduce"}
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2])

@@ -7,7 +7,7 @@ from craken.zero.policy import Keep, policy_for_stage
 
 @pytest.mark.parametrize(
     ("stage", "each_backward", "gathers_grads", "gathers_params"),
-    [(0, False, True, False), (1, False, False, True), (2, True, False, True)],
+    [(0, False, True, False), (1, False, False, True), (2, True, False, True), (3, True, False, False)],
 )
 def test_verbs_follow_from_the_row(stage, each_backward, gathers_grads, gathers_params):
     policy = policy_for_stage(stage)
@@ -17,7 +17,7 @@ def test_verbs_follow_from_the_row(stage, each_backward, gathers_grads, gathers_
 
 
 def test_sharding_nests():
-    for stage in (0, 1, 2):
+    for stage in (0, 1, 2, 3):
         policy = policy_for_stage(stage)
         if policy.params is Keep.SHARD:
             assert policy.grads is Keep.SHARD
@@ -26,5 +26,5 @@ def test_sharding_nests():
 
 
 def test_a_stage_that_is_not_built_says_which_are():
-    with pytest.raises(NotImplementedError, match=r"stages \[0, 1, 2\] work so far"):
-        policy_for_stage(3)
+    with pytest.raises(NotImplementedError, match=r"stages \[0, 1, 2, 3\] work so far"):
+        policy_for_stage(4)

@@ -1,0 +1,173 @@
+"""What only stage 3 does: weights come for a use and go after it, whoever asks for them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from tests.parity.side_by_side import Pair, error, inputs, value
+
+WIDTH, LAYERS = 64, 12
+
+
+class Block(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(width, width), nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(self.up(x).relu())
+
+
+class Tower(nn.Module):
+    """Blocks one after another, each of its own size on the wire; recomputed in backward if asked."""
+
+    def __init__(self, recompute: str = "") -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(WIDTH) for _ in range(LAYERS))
+        self.head = nn.Linear(WIDTH, 5)
+        self.recompute = recompute
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.pad(x, (0, WIDTH - x.shape[-1]))
+        for block in self.blocks:
+            if self.recompute:
+                x = checkpoint(block, x.requires_grad_(), use_reentrant=self.recompute == "reentrant")
+            else:
+                x = block(x)
+        return self.head(x)
+
+
+def tower(recompute: str = "", frozen: bool = False) -> Tower:
+    with torch.random.fork_rng():
+        torch.manual_seed(4)
+        model = Tower(recompute)
+    if frozen:
+        for block in model.blocks:
+            block.up.requires_grad_(False)
+    return model
+
+
+def watch_live(model: nn.Module) -> list[int]:
+    """Return a list to which the elements that are whole are added at each block's forward and backward."""
+    seen: list[int] = []
+
+    def note(*_: Any) -> None:
+        seen.append(sum(param.numel() for param in model.parameters()))
+
+    for block in model.blocks:
+        block.up.register_forward_hook(lambda module, inputs, output: note())
+        block.register_full_backward_hook(lambda module, got, gave: note())
+    return seen
+
+
+def live_weights(recompute: str, frozen: bool) -> list[int]:
+    """Train a few steps beside the twin, and return how many elements were whole at once, and how many there are."""
+    model = tower(recompute, frozen)
+    total, block = (sum(param.numel() for param in part.parameters()) for part in (model, model.blocks[0]))
+    zero = {"stage": 3, "stage3_param_persistence_threshold": 0, "stage3_prefetch_bucket_size": 1}
+    pair = Pair(3, model, config={"zero_optimization": zero})
+    assert all(param.shape == (0,) for param in model.parameters())
+    seen = watch_live(model)
+    for step in range(3):
+        pair.step_both(step)
+        assert all(param.shape == (0,) for param in model.parameters())
+    pair.assert_same_weights(atol=1e-5)  # Adam divides roundings by small gradients
+    pair.close()
+    return [max(seen), block, total]
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["trained", "half frozen"])
+@pytest.mark.parametrize("recompute", ["", "reentrant", "not reentrant"])
+def test_at_most_two_blocks_are_whole_at_once(run_ranks, recompute, frozen) -> None:
+    for most, block, total in run_ranks(live_weights, 2, recompute, frozen):
+        assert most <= 2 * block, f"{most} of {total} elements were whole at once; a block has {block}"
+
+
+def other_ways() -> None:
+    """Forwards in another order, without backward, with exceptions, on a bare submodule: the next step is right."""
+    pair = Pair(3, tower())
+    x = inputs(0, pair.rank)
+    pair.step_both(0)
+    with torch.no_grad():
+        pair.engine(x)
+    pair.model.blocks[3](torch.zeros(1, WIDTH))  # with a graph that nobody uses
+    with pytest.raises(RuntimeError):
+        pair.engine(torch.zeros(1, 6, dtype=torch.long))
+    pair.engine(x)  # a loss that is never used
+    pair.step_both(1)
+    for block in reversed(pair.model.blocks[4:]):
+        with torch.no_grad():
+            block(torch.zeros(1, WIDTH))
+    pair.step_both(2)
+    assert all(param.shape == (0,) for param in pair.model.parameters())
+    pair.assert_same_weights(atol=1e-5)  # Adam divides roundings by small gradients
+    pair.close()
+
+
+def test_forwards_of_other_kinds_between_steps_do_no_harm(run_ranks) -> None:
+    run_ranks(other_ways, 2)
+
+
+def two_forwards_before_a_backward() -> None:
+    pair = Pair(3, tower())
+    for step in range(2):
+        first = error(pair.engine(inputs(step, pair.rank)))
+        second = error(pair.engine(inputs(step + 10, pair.rank)))
+        pair.engine.backward(first + second)
+        pair.engine.step()
+        pair.twin_backward_of(
+            lambda rank, step=step: error(pair.twin(inputs(step, rank))) + error(pair.twin(inputs(step + 10, rank)))
+        )
+        pair.twin_step()
+    pair.assert_same_weights(atol=1e-5)  # Adam divides roundings by small gradients
+    pair.close()
+
+
+def test_two_forwards_may_come_before_one_backward(run_ranks) -> None:
+    run_ranks(two_forwards_before_a_backward, 2)
+
+
+def edit_gathered() -> None:
+    import craken
+    from craken.zero import GatheredParameters
+
+    model = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 3))
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "optimizer": {"type": "SGD", "params": {"lr": 0.0}},
+        "bf16": {"enabled": True},
+        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+    }
+    engine, *_ = craken.initialize(model=model, config=config)
+    first, last = model[0].weight, model[1].weight
+    before = value(first)
+    with GatheredParameters([first, None, first, torch.ones(1)]):
+        assert first.shape == first.ds_shape == (5, 6)
+        with GatheredParameters(first, modifier_rank=0):  # gathered already: left to the outer one
+            first.data.fill_(1.0)
+    assert first.shape == (0,)
+    assert torch.equal(value(first), before), "edits without a modifier stayed"
+    everything = list(model.parameters())
+    with GatheredParameters(everything if dist.get_rank() else everything[::-1], modifier_rank=1):
+        first.data.fill_(dist.get_rank() + 1)
+        last.data = torch.full((3, 5), 7.0 * dist.get_rank(), dtype=last.dtype)
+    assert value(first).unique().tolist() == [2.0]
+    assert value(last).unique().tolist() == [7.0]
+    with pytest.raises(KeyError), GatheredParameters(first):
+        raise KeyError
+    assert first.shape == (0,)
+    engine.backward(engine(torch.ones(1, 6, dtype=torch.bfloat16)).float().sum())
+    engine.step()
+    assert value(first).unique().tolist() == [2.0], "the master did not take the edit"
+    engine.destroy()
+
+
+def test_gathered_parameters_can_be_read_and_edited(run_ranks) -> None:
+    run_ranks(edit_gathered, 2)
