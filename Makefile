@@ -12,8 +12,8 @@ LIST := awk -F ':.*\#\# ' 'NF == 2 && $$1 ~ wanted { printf "  make %-21s %s\n",
 
 .DEFAULT_GOAL := help
 .PHONY: help venv install test lint clean \
-	craken_ds1_auto craken_ds2_auto craken_ds1 craken_ds2 \
-	test_craken_ds1_auto test_craken_ds2_auto test_craken_ds1 test_craken_ds2
+	craken_ds1_auto craken_ds2_auto craken_ds3_auto craken_ds1 craken_ds2 craken_ds3 \
+	test_craken_ds1_auto test_craken_ds2_auto test_craken_ds3_auto test_craken_ds1 test_craken_ds2 test_craken_ds3
 
 help: ## list these targets
 	@echo "Train a small language model on Python's own source, on all accelerators found or on 2 CPU processes:"
@@ -33,11 +33,17 @@ craken_ds1_auto: $(STAMP) ## ZeRO-1, all settings chosen for you
 craken_ds2_auto: $(STAMP) ## ZeRO-2, all settings chosen for you (recommended; five minutes on two cores)
 	$(CRAKEN) train --zero 2 $(FLAGS)
 
+craken_ds3_auto: $(STAMP) ## ZeRO-3, all settings chosen for you
+	$(CRAKEN) train --zero 3 $(FLAGS)
+
 craken_ds1: $(STAMP) ## ZeRO-1 from configs/ds_zero1_config.json (accelerate_zero1.yaml takes over with the client issue)
 	$(CRAKEN) train --config configs/ds_zero1_config.json $(FLAGS)
 
 craken_ds2: $(STAMP) ## ZeRO-2 from configs/ds_zero2_config.json, optimizer state on the host (CPU runs only for now)
 	$(CRAKEN) train --config configs/ds_zero2_config.json $(FLAGS)
+
+craken_ds3: $(STAMP) ## ZeRO-3 from configs/ds_zero3_config.json
+	$(CRAKEN) train --config configs/ds_zero3_config.json $(FLAGS)
 
 test_craken_ds1_auto: $(STAMP) ## ZeRO-1, chosen settings, tiny model
 	rm -rf runs/trial-ds1-auto
@@ -47,6 +53,10 @@ test_craken_ds2_auto: $(STAMP) ## ZeRO-2, chosen settings, tiny model
 	rm -rf runs/trial-ds2-auto
 	$(CRAKEN) train --zero 2 $(TRIAL) --output runs/trial-ds2-auto $(FLAGS)
 
+test_craken_ds3_auto: $(STAMP) ## ZeRO-3, chosen settings, tiny model
+	rm -rf runs/trial-ds3-auto
+	$(CRAKEN) train --zero 3 $(TRIAL) --output runs/trial-ds3-auto $(FLAGS)
+
 test_craken_ds1: $(STAMP) ## ZeRO-1, configuration file, tiny model
 	rm -rf runs/trial-ds1
 	$(CRAKEN) train --config configs/ds_zero1_config.json $(TRIAL) --output runs/trial-ds1 $(FLAGS)
@@ -54,6 +64,10 @@ test_craken_ds1: $(STAMP) ## ZeRO-1, configuration file, tiny model
 test_craken_ds2: $(STAMP) ## ZeRO-2, configuration file, tiny model
 	rm -rf runs/trial-ds2
 	$(CRAKEN) train --config configs/ds_zero2_config.json $(TRIAL) --output runs/trial-ds2 $(FLAGS)
+
+test_craken_ds3: $(STAMP) ## ZeRO-3, configuration file, tiny model
+	rm -rf runs/trial-ds3
+	$(CRAKEN) train --config configs/ds_zero3_config.json $(TRIAL) --output runs/trial-ds3 $(FLAGS)
 
 venv: $(STAMP) ## make the virtual environment and install everything into it
 install: $(STAMP) ## the same as venv

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from craken.comm import init_distributed as init_distributed
     from craken.engine import DeepSpeedEngine as DeepSpeedEngine
     from craken.engine import Engine as Engine
+    from craken.zero import GatheredParameters as GatheredParameters
 
 # public name -> the module that defines it; imported at first use, so that `craken.config` needs no torch
 _PUBLIC = {
@@ -20,10 +21,19 @@ _PUBLIC = {
     "add_config_arguments": "craken.api",
     "init_distributed": "craken.comm",
     "Engine": "craken.engine",
+    "GatheredParameters": "craken.zero",
     "DeepSpeedEngine": "craken.engine",
 }
 
-__all__ = ["DeepSpeedEngine", "Engine", "__version__", "add_config_arguments", "init_distributed", "initialize"]
+__all__ = [
+    "DeepSpeedEngine",
+    "Engine",
+    "GatheredParameters",
+    "__version__",
+    "add_config_arguments",
+    "init_distributed",
+    "initialize",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -108,7 +108,7 @@ def _add_what(group: argparse._ArgumentGroup) -> None:
 
 
 def _add_how(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--zero", type=int, choices=(0, 1, 2), help="ZeRO stage (default: 2, or the --config file's)")
+    group.add_argument("--zero", type=int, choices=(0, 1, 2, 3), help="ZeRO stage (default: 2, or the --config file's)")
     group.add_argument(
         "--config",
         metavar="JSON",

@@ -25,6 +25,7 @@ from craken.train.stop import Stop, StopRequest
 
 WRONG_INPUT = 2  # exit code, as argparse's
 CPU_RANKS = 2
+MODEL = "model"  # the folder in the output
 SAVING_GRACE_S = 120.0  # from Ctrl-C to the end of the step and its checkpoint
 
 
@@ -74,6 +75,8 @@ def _run_rank(given: Mapping[str, Any]) -> int:
         _note_start(trainer, console)
     with StopRequest().listening() as request:
         end = trainer.run(request)
+        if not end.is_cut_short:
+            trainer.save_model(trainer.plan.options.output / MODEL)
         if axis.rank == 0:
             _finish(trainer, end, console)
     shutdown()
@@ -96,23 +99,20 @@ def _note_start(trainer: Trainer, console: Console) -> None:
     options = trainer.plan.options
     save_given(options, num_ranks=trainer.axis.size)
     (options.output / "run.json").write_text(json.dumps(describe(trainer.plan), indent=2) + "\n", "utf-8")
-    show_facts(console, run_facts(trainer.plan, huggingface.num_parameters(trainer.model), trainer.axis.size))
+    show_facts(console, run_facts(trainer.plan, trainer.num_parameters, trainer.axis.size))
     if trainer.engine.global_steps:
         console.print(f"going on after step {trainer.engine.global_steps}")
 
 
 def _finish(trainer: Trainer, end: RunEnd, console: Console) -> None:
-    """Write the model and the report, or say how to go on with an interrupted run; on the first rank only."""
+    """Write the report and complete the prompt, or say how to go on with an interrupted run; on the first rank only."""
     options = trainer.plan.options
-    if end.stop in (Stop.INTERRUPTED, Stop.TERMINATED):
+    if end.is_cut_short:
         trainer.write_report()
         console.print(f"\nstopped after step {end.step} of {options.steps}; checkpoint saved. Go on with:")
         console.print(f"  {resume_command(options)}", soft_wrap=True)
         return
-    folder = options.output / "model"
-    tokenizer = trainer.plan.cache.tokenizer_file
-    huggingface.save_model(trainer.model, options.model, tokenizer, folder, seq_len=options.seq_len)
-    completion = huggingface.complete(folder, options.prompt)
+    completion = huggingface.complete(options.output / MODEL, options.prompt)
     trainer.write_report(completion=completion)
     show_completion(console, completion)
     _show_result(trainer, end, console)
@@ -130,7 +130,7 @@ def _show_result(trainer: Trainer, end: RunEnd, console: Console) -> None:
             f"unigram entropy of the same text, {last.unigram_entropy:.3f}",
             soft_wrap=True,
         )
-    for name, what in (("report.html", "curves"), ("model", "for from_pretrained"), ("metrics.jsonl", "every step")):
+    for name, what in (("report.html", "curves"), (MODEL, "for from_pretrained"), ("metrics.jsonl", "every step")):
         console.print(f"  {output / name}  [dim]{what}[/dim]", soft_wrap=True)
 
 

@@ -41,9 +41,10 @@ def find_files(data: Path | None) -> list[TextFile]:
         return _standard_library()
     if not data.exists():
         raise ValueError(f"--data {data} does not exist; give a folder or a file of text, or leave --data out")
-    if data.is_file():
-        return [_text_file(data, data.parent)]
-    files = sorted(_walk(data, suffixes=None))
+    root = data.resolve()  # however it is spelt, it is the same text
+    if root.is_file():
+        return [_text_file(root, root.parent)]
+    files = sorted(_walk(root, suffixes=None))
     if not files:
         raise ValueError(f"--data {data} holds no files; expected a folder with text files (UTF-8) in it")
     return files

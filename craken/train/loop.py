@@ -36,6 +36,11 @@ class RunEnd:
     step: int
     stop: Stop | None
 
+    @property
+    def is_cut_short(self) -> bool:
+        """Somebody stopped it: there is a checkpoint, and nothing to show yet."""
+        return self.stop in (Stop.INTERRUPTED, Stop.TERMINATED)
+
 
 class Trainer:
     """One rank of one run: the engine, its data, and the figures so far. `run` is collective over all ranks."""
@@ -48,6 +53,7 @@ class Trainer:
         self.model = huggingface.build_model(
             options.model, vocab_size=plan.cache.meta.vocab_size, seq_len=options.seq_len
         )
+        self.num_parameters = huggingface.num_parameters(self.model)  # before they may be shown as shards
         windows = Windows(plan.cache.train(), options.seq_len, seed=options.seed)
         self.engine, self.optimizer, self.loader, self.scheduler = craken.initialize(
             model=self.model, model_parameters=self.model.parameters(), training_data=windows, config=plan.config
@@ -91,10 +97,17 @@ class Trainer:
             for old in _checkpoints(folder)[:-KEPT_CHECKPOINTS]:
                 shutil.rmtree(old, ignore_errors=True)
 
+    def save_model(self, folder: Path) -> None:
+        """Collective: write the model as `from_pretrained` reads it; its weights are whole on all ranks meanwhile."""
+        options, tokenizer = self.plan.options, self.plan.cache.tokenizer_file
+        with craken.GatheredParameters(self.model.parameters()):
+            if self.is_first_rank:
+                huggingface.save_model(self.model, options.model, tokenizer, folder, seq_len=options.seq_len)
+
     def write_report(self, *, completion: huggingface.Completion | None = None) -> None:
         """Write `report.html` from the metrics so far; on the first rank only."""
         if self.metrics is not None:
-            facts = run_facts(self.plan, huggingface.num_parameters(self.model), self.axis.size)
+            facts = run_facts(self.plan, self.num_parameters, self.axis.size)
             write_report(self.plan.options.output / "report.html", self.metrics, facts, completion)
 
     def _step(self, batches: Iterator[Batch], request: StopRequest) -> tuple[StepMetrics, Stop | None]:
@@ -158,6 +171,7 @@ class Trainer:
 
     def _plan_validation(self) -> tuple[Windows, NDArray[np.int64]]:
         cache, options = self.plan.cache, self.plan.options
+        self.num_parameters = huggingface.num_parameters(self.model)  # before they may be shown as shards
         windows = Windows(cache.held_out(), options.seq_len)
         numbers = validation_numbers(len(windows), options.eval_windows, self.axis.size)
         self._unigram = unigram_entropy(cache.train(), predicted_tokens(windows, numbers), cache.meta.vocab_size)

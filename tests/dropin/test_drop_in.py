@@ -20,6 +20,7 @@ deepspeed.comm: init_distributed is_initialized get_rank get_world_size get_loca
 deepspeed.comm: all_gather_into_tensor reduce_scatter_tensor all_to_all_single send recv isend irecv reduce gather
 deepspeed.comm: scatter all_gather broadcast new_group destroy_process_group get_global_rank get_world_group
 deepspeed.accelerator: get_accelerator
+deepspeed.zero: GatheredParameters
 deepspeed.utils: logger log_dist RepeatingLoader
 deepspeed.utils.logging: logger log_dist
 deepspeed.runtime.engine: DeepSpeedEngine

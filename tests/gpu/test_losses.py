@@ -1,4 +1,4 @@
-"""On CUDA: stages 0-2 against the plain loops of the CPU tests, on one device and, if there are several, over NCCL."""
+"""On CUDA: stages 0-3 against the plain loops of the CPU tests, on one device and, if there are several, over NCCL."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from tests.parity.test_losses import SCALE, STAGES, assert_ranks_agree, mean_los
 NUM_DEVICES = torch.cuda.device_count()
 TOLERANCE = {"fp32": 1e-5, "bf16": 5e-3, "fp16": 1e-3}  # relative; kernels differ between batch shapes
 
-pytestmark = pytest.mark.skipif(NUM_DEVICES == 0, reason="no CUDA device on this machine")
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(NUM_DEVICES == 0, reason="no CUDA device on this machine"),
+]
 
 needs_two = pytest.mark.skipif(NUM_DEVICES < 2, reason="NCCL takes one rank a device; this machine has fewer than two")
 

@@ -43,7 +43,7 @@ def test_every_make_target_in_the_readme_exists() -> None:
     assert named <= targets, named - targets
 
 
-@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("stage", [1, 2, 3])
 def test_the_configuration_files_say_the_same_for_every_way_to_start(stage) -> None:
     import yaml
 

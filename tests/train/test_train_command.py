@@ -73,6 +73,21 @@ def test_the_bytes_of_a_step_are_those_of_zero_2(whole) -> None:
     assert _rows(whole)[3]["sent_bytes"] == pytest.approx(expected, rel=0.01)
 
 
+def test_weights_kept_as_shards_give_the_same_curve_and_a_model_to_load(place, whole) -> None:
+    from transformers import AutoModelForCausalLM
+
+    result = _run(place, *BASE, "--zero", "3", "--data", "text", "--output", "shards")
+    assert result.returncode == 0, result.stderr
+    curves = [[row[1] for row in _curve(place / run) if row[1] is not None] for run in ("whole", "shards")]
+    assert curves[1] == pytest.approx(curves[0], rel=1e-3)
+    models = [AutoModelForCausalLM.from_pretrained(place / run / "model") for run in ("whole", "shards")]
+    for (name, one), other in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
+        assert one.shape == other.shape, name
+    again = _run(place, "--resume", "shards", "--steps", str(STEPS + 2))
+    assert again.returncode == 0, again.stderr
+    assert len(list((place / ".craken_cache").glob("*/meta.json"))) == 1, "the text was tokenised anew"
+
+
 def test_the_output_says_what_a_user_wants_to_know(whole) -> None:
     shown = (whole / "stdout.txt").read_text()
     for words in ("ZeRO stage", "tokens/s", "grad norm", "MB/step", "unigram entropy", "completes", "report.html"):

@@ -1,0 +1,3 @@
+"""deepspeed.zero: weights that are kept as shards."""
+
+from craken import GatheredParameters as GatheredParameters
