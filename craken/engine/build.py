@@ -35,6 +35,7 @@ from craken.zero import (
     is_castable,
     policy_for_stage,
     shard_model,
+    take_out,
 )
 
 # What a unit of stage 3 may hold, in elements: live weights are one unit in use and one gathered ahead.
@@ -97,6 +98,7 @@ def build_parts(request: Request, config: Config, axis: MeshAxis, accelerator: A
     layers = shard_model(request.model, sharded, plan, _live_budget(config, wire))
     ids |= {id(param) for group in layers.frozen for param in group.params}
     rest = [(name, param) for name, param in named if id(param) not in ids]
+    take_out([param for _, param in rest])
     place_frozen(rest, dtype=precision.compute, device=device, axis=axis)
     place_buffers(request.model, device, axis)
     binding = None

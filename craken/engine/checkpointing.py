@@ -83,6 +83,7 @@ def load(
 
     reader, _ = run_on_all(read, axis, doing=f"loading a checkpoint from {folder}")
     zero_state.refresh(engine.groups)
+    engine.renew_weights()
     state = reader.shared_state
     if wanted.optimizer and engine.parts.binding is not None and state["optimizer"] is not None:
         _load_optimizer(engine, reader, state["optimizer"])

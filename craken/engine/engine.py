@@ -18,7 +18,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from craken.comm import phase
+from craken.comm import phase, transport_for
 from craken.engine.accumulation import Accumulation
 from craken.engine.build import Parts
 from craken.engine.memory import return_freed_memory
@@ -96,7 +96,7 @@ class Engine(nn.Module):
             parts.config.zero_optimization.stage3_prefetch_bucket_size,
             max(sum(group.layout.padded_numel for group in groups) for groups in parts.layers.groups_of.values()),
         )
-        residence = Residence(freed, freed[0].wire.transport, max_ahead=ahead)
+        residence = Residence(freed, transport_for(freed[0].wire.axis), max_ahead=ahead)
         lifecycle = Lifecycle(parts.layers.groups_of, residence, reducer=self._reducer, warn=warn_once)
         self._reducer.observer = lifecycle
         register([*parts.groups, *parts.layers.frozen], lifecycle)
@@ -239,6 +239,7 @@ class Engine(nn.Module):
             skip_nonfinite=stride.skips_nonfinite,
         )
         self._reducer.agree_on_order()
+        self.renew_weights()
         return result
 
     def _after_step(self, result: StepResult, lr_kwargs: dict[str, Any] | None) -> None:
@@ -299,8 +300,13 @@ class Engine(nn.Module):
         self._backwards_at_step = self._reducer.num_backwards
 
     def _weights_were_loaded(self) -> None:
-        for group in self.groups:
+        for group in (*self.groups, *self.parts.layers.frozen):
             group.take_from_params()
+
+    def renew_weights(self) -> None:
+        """Collective: drop whole copies of weights whose shards have changed."""
+        if self._lifecycle is not None:
+            self._lifecycle.residence.renew()
 
     def destroy(self) -> None:
         """Take all hooks off the module; it can be given to `initialize` again.

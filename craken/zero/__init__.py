@@ -1,6 +1,6 @@
 """The sharding engine: one set of verbs, a ZeRO stage is a row of a table."""
 
-from craken.zero.access import GatheredParameters, register
+from craken.zero.access import GatheredParameters, register, take_out
 from craken.zero.autograd import is_in_backward, tensors_in
 from craken.zero.binding import Binding
 from craken.zero.build import LiveBudget, ShardedLayers, ShardingPlan, is_castable, shard_model
@@ -48,6 +48,7 @@ __all__ = [
     "policy_for_stage",
     "register",
     "shard_model",
+    "take_out",
     "tensors_in",
     "watch_gradients",
     "watch_loading",

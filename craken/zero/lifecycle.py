@@ -69,6 +69,7 @@ class Lifecycle:
         for handle in self.handles:
             handle.remove()
         self.handles = []
+        self._reducer = GradientReducer([], should_reduce=lambda: False)  # lets go of the engine
 
     # --- forward ------------------------------------------------------------------------------------------------------
 
@@ -143,7 +144,9 @@ class Lifecycle:
         passage = self._running[-1]
         if group not in passage.groups:
             passage.groups.append(group)
-            self.residence.hold([group], passage)
+        elif group.weights is None or group.weights.is_whole:
+            return
+        self.residence.hold([group], passage)
 
     # --- backward -----------------------------------------------------------------------------------------------------
 

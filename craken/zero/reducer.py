@@ -155,12 +155,12 @@ class GradientReducer:
 
     def abandon_backward(self) -> None:
         """Forget that a backward was running: it raised. What it had reduced stays."""
-        self._ends_by_itself = False
+        was_under_way, self._ends_by_itself = self._ends_by_itself or self.is_running, False
         if self.is_running:
             self.is_running = False
             self._drain()
-            if self.observer is not None:
-                self.observer.backward_ended()
+        if was_under_way and self.observer is not None:
+            self.observer.backward_ended()
 
     def _drain(self) -> None:
         while self._in_flight:

@@ -68,6 +68,15 @@ class Residence:
         for group in self._groups:
             self.release(group)
 
+    def renew(self) -> None:
+        """Collective: forget every whole copy, for the shards have changed; what is pinned is gathered anew."""
+        self.release_all()
+        for index, pins in enumerate(self._pins):
+            if pins:
+                self._weights(index).free()
+                self._start(index)
+                self._weights(index).finish()
+
     def pin(self, group: ShardGroup, who: Hashable) -> None:
         """Collective over the axis unless it is whole: have a group whole, whatever the model does, until unpinned."""
         (index,) = self._indices([group])

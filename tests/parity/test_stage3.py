@@ -171,3 +171,57 @@ def edit_gathered() -> None:
 
 def test_gathered_parameters_can_be_read_and_edited(run_ranks) -> None:
     run_ranks(edit_gathered, 2)
+
+
+def step_inside() -> None:
+    """A step and a load inside of GatheredParameters show the new values."""
+    from craken.zero import GatheredParameters
+
+    pair = Pair(3, tower(frozen=True))
+    weight, frozen = pair.model.blocks[0].down.weight, pair.model.blocks[0].up.weight
+    with GatheredParameters([weight, frozen]):
+        before = weight.detach().clone()
+        pair.step_both(0)
+        assert not torch.equal(weight, before), "the whole copy is older than the shards"
+        inside = weight.detach().clone()
+    assert torch.equal(value(weight), inside)
+    with GatheredParameters(pair.model.parameters()):
+        pair.model.load_state_dict({name: torch.full_like(one, 0.5) for name, one in pair.model.state_dict().items()})
+    assert value(frozen).unique().tolist() == value(weight).unique().tolist() == [0.5]
+    pair.close()
+
+
+def test_whole_copies_follow_the_shards(run_ranks) -> None:
+    run_ranks(step_inside, 2)
+
+
+def leave_no_trace() -> None:
+    import gc
+    import weakref
+
+    pair = Pair(3, tower())
+    pair.step_both(0)
+    engine = weakref.ref(pair.engine)
+    pair.close()
+    del pair
+    gc.collect()
+    assert engine() is None
+
+
+def test_a_destroyed_engine_can_be_collected(run_ranks) -> None:
+    run_ranks(leave_no_trace, 2)
+
+
+def frozen_again() -> None:
+    """A model that was sharded, frozen parts too, trains under a stage that keeps weights whole."""
+    first = Pair(3, tower(frozen=True))
+    first.step_both(0)
+    first.close()
+    second = Pair(1, first.model)
+    second.step_both(1)
+    second.assert_same_weights(atol=1e-5)
+    second.close()
+
+
+def test_a_sharded_model_may_be_given_to_a_lower_stage(run_ranks) -> None:
+    run_ranks(frozen_again, 2)
