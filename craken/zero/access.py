@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from craken.comm import broadcast
 from craken.zero.group import ShardGroup
@@ -28,8 +29,9 @@ class _Place(NamedTuple):
     lifecycle: Lifecycle | None
 
 
-_ATTRIBUTES = ("ds_id", "ds_shape", "ds_numel", "ds_active_sub_modules", "ds_status", "craken_place")
+_ATTRIBUTES = ("ds_id", "ds_shape", "ds_numel", "ds_active_sub_modules", "ds_status")
 
+_places: WeakIdKeyDictionary = WeakIdKeyDictionary()  # parameter -> _Place
 _group_numbers, _param_numbers = itertools.count(), itertools.count()
 
 
@@ -38,8 +40,9 @@ def register(groups: Sequence[ShardGroup], lifecycle: Lifecycle) -> None:
     for group in groups:
         place = _Place(group, next(_group_numbers), None if group.weights is None else lifecycle)
         for param, shape in zip(group.params, group.shapes, strict=True):
+            _places[param] = place
             facts = {"ds_id": next(_param_numbers), "ds_shape": torch.Size(shape), "ds_numel": math.prod(shape)}
-            for name, value in {**facts, "ds_active_sub_modules": set(), "craken_place": place}.items():
+            for name, value in {**facts, "ds_active_sub_modules": set()}.items():
                 setattr(param, name, value)
             if group.weights is None:
                 set_status(param, ZeroParamStatus.AVAILABLE)
@@ -101,6 +104,7 @@ def take_out(params: Sequence[nn.Parameter]) -> None:
             if place.group.weights is not None:
                 param.data = param.data.clone()
                 place.group.weights.forget(param)
+            del _places[param]
             for name in _ATTRIBUTES:
                 delattr(param, name)
     for place in places:
@@ -116,7 +120,10 @@ def _publish(group: ShardGroup, source: int) -> None:
 
 
 def _place_of(param: Any) -> _Place | None:
-    return getattr(param, "craken_place", None)
+    if not isinstance(param, nn.Parameter) or param not in _places:
+        return None
+    place: _Place = _places[param]
+    return place
 
 
 def _is_pinned(place: _Place) -> bool:
