@@ -282,7 +282,7 @@ class Engine(nn.Module):
 
     def _begin_accumulating(self) -> None:
         for group in self.groups:
-            group.begin_accumulating()
+            group.gradients.begin_accumulating()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop `.grad` of parameters the engine does not manage.
@@ -296,7 +296,7 @@ class Engine(nn.Module):
         """Forget every gradient since the last step, for instance after a micro-batch that ran out of memory."""
         self._reducer.abandon_backward()
         for group in self.groups:
-            group.drop_grads()
+            group.gradients.drop()
         self._backwards_at_step = self._reducer.num_backwards
 
     def _weights_were_loaded(self) -> None:

@@ -5,7 +5,7 @@ from craken.zero.autograd import is_in_backward, tensors_in
 from craken.zero.binding import Binding
 from craken.zero.build import LiveBudget, ShardedLayers, ShardingPlan, is_castable, shard_model
 from craken.zero.facade import ShardedOptimizer
-from craken.zero.group import GroupRules, ShardGroup, Wire
+from craken.zero.group import ShardGroup
 from craken.zero.grouping import CPU_GROUP_BYTES, CUDA_GROUP_BYTES, Budget
 from craken.zero.hooks import watch_gradients, watch_loading, watch_outputs, watch_reads, watch_units
 from craken.zero.layout import Cut
@@ -15,6 +15,7 @@ from craken.zero.policy import Keep, Policy, policy_for_stage
 from craken.zero.reducer import GradientReducer
 from craken.zero.residence import Residence
 from craken.zero.room import mapped_bytes
+from craken.zero.rules import GroupRules, Wire
 from craken.zero.units import whole_numel
 from craken.zero.weights import ZeroParamStatus
 

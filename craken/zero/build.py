@@ -10,10 +10,11 @@ import torch
 from torch import nn
 
 from craken.zero.access import take_out
-from craken.zero.group import GroupRules, ShardGroup, Wire
+from craken.zero.group import ShardGroup
 from craken.zero.grouping import Budget, ParamFacts, plan_groups
 from craken.zero.layout import Cut
 from craken.zero.policy import policy_for_stage
+from craken.zero.rules import GroupRules, Wire
 from craken.zero.units import Unit, plan_units, whole_numel
 
 Named = tuple[str, nn.Parameter]

@@ -52,7 +52,7 @@ def _taker(
         grad = param.grad
         if grad is None:  # a custom Function returned None for this parameter
             return
-        group.accumulate(slot, grad.detach() if grad.requires_grad else grad, factor())
+        group.gradients.accumulate(slot, grad.detach() if grad.requires_grad else grad, factor())
         param.grad = None
         reducer.gradient_came(index, slot)
 

@@ -73,7 +73,7 @@ class ShardedStep:
             clip = min(1.0, max_norm / (norm + 1e-6)) if max_norm > 0 else 1.0
             self._update(votes.touched, divisor / clip)
         for group in self.groups:
-            group.drop_grads()
+            group.gradients.drop()
         return StepResult(norm, is_finite, applies)
 
     # --- agreement ----------------------------------------------------------------------------------------------------
@@ -91,8 +91,8 @@ class ShardedStep:
             return _Votes(0.0, [], [])
         axis, num_groups = self.groups[0].wire.axis, len(self.groups)
         flags = [float(pending) for pending in self._reducer.pending_groups()]
-        flags += [float(touched) for group in self.groups for touched in group.touched]
-        squares = sum_of_squares(group.own_reduced() for group in self.groups if group.has_reduced)
+        flags += [float(touched) for group in self.groups for touched in group.gradients.touched]
+        squares = sum_of_squares(group.gradients.own_reduced() for group in self.groups if group.gradients.has_reduced)
         ballot = torch.tensor([0.0, *flags], dtype=torch.float64)
         ballot[0] = squares
         counted = _all_reduce(ballot, axis).tolist()
@@ -127,9 +127,9 @@ class ShardedStep:
         active = []
         for index in indices:
             group = self.groups[index]
-            if not group.has_reduced:
+            if not group.gradients.has_reduced:
                 continue
-            grads = group.reduced.to(group.master.dtype)
+            grads = group.gradients.reduced.to(group.master.dtype)
             if not self._stepping.takes_grad_scale and scale != 1.0:
                 grads.div_(scale)
             for fragment in self._fragments[index]:

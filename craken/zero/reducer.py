@@ -129,14 +129,14 @@ class GradientReducer:
         while len(self._in_flight) >= _MAX_IN_FLIGHT:
             self._finish_oldest()
         with phase("zero::reduce", group.label):
-            group.start_reduce()
+            group.gradients.start_reduce()
         self._in_flight.append(group)
 
     def _finish_oldest(self) -> None:
         group = self._in_flight.popleft()
         with phase("zero::wait_reduce", group.label):
-            group.finish_sum()
-        if group.is_reducing:
+            group.gradients.finish_sum()
+        if group.gradients.is_reducing:
             self._gathering.append(group)
 
     def finish_backward(self) -> None:
@@ -166,7 +166,7 @@ class GradientReducer:
         while self._in_flight:
             self._finish_oldest()
         for group in self._gathering:
-            group.finish_gather()
+            group.gradients.finish_gather()
         self._gathering.clear()
 
     # --- between backwards --------------------------------------------------------------------------------------------
@@ -179,7 +179,7 @@ class GradientReducer:
 
     def pending_groups(self) -> list[bool]:
         """Say for each group whether this rank holds gradients that were not reduced."""
-        return [group.has_pending for group in self._groups]
+        return [group.gradients.has_pending for group in self._groups]
 
     def agree_on_order(self) -> None:
         """Collective, once: take the order in which rank 0 saw groups complete; those that never did go last."""

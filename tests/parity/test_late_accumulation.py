@@ -67,15 +67,15 @@ def convert_in_the_middle(stage: int) -> list[Any]:
     engine, *_ = craken.initialize(model=model, model_parameters=model.parameters(), config=CASE.config(stage))
     engine.backward(engine(batch(0, 0, dist.get_rank())))
     group = engine.groups[0]
-    first = group.own_reduced().clone()
+    first = group.gradients.own_reduced().clone()
     engine.set_gradient_accumulation_boundary(False)
-    kept = group.own_reduced()
+    kept = group.gradients.own_reduced()
     assert kept.dtype == torch.float32
     assert torch.equal(kept, first.float())
     engine.backward(engine(batch(0, 1, dist.get_rank())))
     engine.set_gradient_accumulation_boundary(True)
     engine.backward(engine(batch(0, 2, dist.get_rank())))
-    assert not torch.equal(group.own_reduced(), first.float())
+    assert not torch.equal(group.gradients.own_reduced(), first.float())
     engine.step()
     engine.check_integrity()
     engine.destroy()

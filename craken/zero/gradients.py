@@ -1,0 +1,225 @@
+"""The gradients of one shard group: taken from autograd, summed over ranks and micro-batches, kept until the step.
+
+    accumulate    autograd's tensor -> `pending` (scratch, full)
+    start_reduce  pending -> shards: a reduce-scatter leaves; with the optimizer FULL an all-gather follows it
+    finish        the sum is in `reduced` (this rank's shard, or the full buffer), pending is free again
+
+Buffers have the layout of the group's flat buffer. Sums are over ranks and micro-batches; the division by their number
+happens once, in the optimizer's step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from craken.comm import Pending
+from craken.zero.flat import own_part, slot_view, zero_gaps
+from craken.zero.layout import GroupLayout
+from craken.zero.rules import GroupRules, Wire
+
+
+class GroupGradients:
+    """Flat gradient buffers, there while something is in them."""
+
+    def __init__(
+        self,
+        label: str,
+        shapes: Sequence[tuple[int, ...]],
+        layout: GroupLayout,
+        dtype: torch.dtype,
+        rules: GroupRules,
+        wire: Wire,
+    ) -> None:
+        """dtype: of the weights; `rules` says what gradients are kept and sent in."""
+        self.label, self.shapes, self.layout = label, list(shapes), layout
+        self.dtype, self.rules, self.wire = dtype, rules, wire
+        self._pending: Tensor | None = None
+        self._filled = [False] * len(shapes)
+        self._travelling: Tensor | None = None
+        self._work: Pending | None = None
+        self._reduced_shard: Tensor | None = None
+        self._retained: Tensor | None = None
+        self.has_reduced = False
+        self.touched = [False] * len(shapes)
+
+    def begin_accumulating(self) -> None:
+        """Hold gradients over several micro-batches from now on, in fp32 unless the config names a dtype.
+
+        For jobs that accumulate although their config says otherwise. Every rank does it before the same micro-batch.
+        """
+        if self.rules.accumulates:
+            return
+        self.rules = self.rules.accumulating()
+        if self._pending is not None:
+            self._pending = self._pending.to(self._pending_dtype)
+        if self._retained is not None:
+            self._retained = self._retained.to(self.accumulate_dtype)
+        if self._reduced_shard is not None:
+            shard, self._reduced_shard = self._reduced_shard.to(self.accumulate_dtype), None
+            if self.rules.retains_full_grads:
+                self._retained = self._scratch()
+                self._own_part(self._retained).copy_(shard)
+            else:
+                self._reduced_shard = shard
+
+    @property
+    def accumulate_dtype(self) -> torch.dtype:
+        return self.rules.precision.accumulate_for(self.dtype)
+
+    @property
+    def reduce_dtype(self) -> torch.dtype:
+        return self.rules.precision.reduce_for(self.dtype)
+
+    @property
+    def _pending_dtype(self) -> torch.dtype:
+        # held until the step: the accumulate dtype; on its way out at once: the dtype that travels
+        return self.accumulate_dtype if self.rules.retains_full_grads else self.reduce_dtype
+
+    @property
+    def has_pending(self) -> bool:
+        """Gradients have come that were not reduced yet."""
+        return self._pending is not None
+
+    @property
+    def is_reducing(self) -> bool:
+        return self._work is not None
+
+    def accumulate(self, slot: int, grad: Tensor, factor: float) -> None:
+        """Take a parameter's gradient, times `factor`; autograd's tensor is not needed afterwards."""
+        if self._can_adopt(grad, factor):
+            self._pending = grad.view(-1)
+            self._filled[slot] = self.touched[slot] = True
+            return
+        if self._pending is None:
+            self._pending = self._scratch()
+        place = self.layout.slots[slot]
+        view = slot_view(self._pending, place, self.shapes[slot])
+        if grad.layout is not torch.strided:
+            grad = grad.to_dense()
+        if self._filled[slot]:
+            view.add_(grad, alpha=factor)
+        elif factor == 1.0:
+            view.copy_(grad)
+        else:
+            torch.mul(grad, factor, out=view) if grad.dtype == view.dtype else view.copy_(grad).mul_(factor)
+        self._filled[slot] = self.touched[slot] = True
+
+    def _can_adopt(self, grad: Tensor, factor: float) -> bool:
+        """Say whether autograd's tensor can itself be the pending buffer: one parameter, no padding, no conversion.
+
+        The sum is written into it, so nobody else may hold its memory: two gradients can be views of one storage.
+        """
+        return (
+            len(self.shapes) == 1
+            and self._pending is None
+            and factor == 1.0
+            and grad.layout is torch.strided
+            and grad.is_contiguous()
+            and grad.dtype == self._pending_dtype
+            and grad.numel() == self.layout.padded_numel
+            and _is_sole_owner(grad)
+        )
+
+    def start_reduce(self) -> None:
+        """Collective over the axis: send what is pending (zeros where nothing came) on its way to the shards."""
+        assert self._work is None, f"{self.label} is being reduced already"
+        pending = self._completed_pending()
+        own = self._own_part(pending)
+        sums_in_place = self.rules.retains_full_grads
+        out = own if sums_in_place else self._shard_for_sum()
+        self._travelling = pending
+        self._work = self.wire.transport.reduce_scatter(
+            pending.to(self.reduce_dtype), own, out, add=self.has_reduced and not sums_in_place, label=self.label
+        )
+
+    def finish_sum(self) -> None:
+        """Wait for the shard's sum; with the optimizer FULL, start gathering the sums of the other ranks."""
+        assert self._work is not None, f"{self.label} is not being reduced"
+        assert self._travelling is not None
+        self._work.wait()
+        self._work = None
+        if self.rules.policy.gathers_grads:
+            self._work = self.wire.transport.all_gather(self._travelling, label=f"{self.label} (gradients)")
+        else:
+            self._settle()
+
+    def finish_gather(self) -> None:
+        """Wait until this rank holds what the optimizer needs."""
+        if self._work is not None:
+            self._work.wait()
+            self._work = None
+            self._settle()
+
+    def _settle(self) -> None:
+        pending, self._travelling = self._travelling, None
+        assert pending is not None
+        if self._retained is not None:
+            self._counted_part(self._retained).add_(self._counted_part(pending))
+        elif self.rules.retains_full_grads:
+            self._retained = pending
+        self.has_reduced = True
+
+    def _counted_part(self, full: Tensor) -> Tensor:
+        """Return the part of a summed full buffer that is valid: all of it after an all-gather, else the own slice."""
+        return full if self.rules.policy.gathers_grads else self._own_part(full)
+
+    def _scratch(self) -> Tensor:
+        return torch.empty(self.layout.padded_numel, dtype=self._pending_dtype, device=self.wire.device)
+
+    def _completed_pending(self) -> Tensor:
+        pending, self._pending = self._scratch() if self._pending is None else self._pending, None
+        for filled, slot in zip(self._filled, self.layout.slots, strict=True):
+            if not filled:
+                pending.narrow(0, slot.offset, slot.numel).zero_()
+        zero_gaps(pending, self.layout)
+        self._filled = [False] * len(self.shapes)
+        if self.rules.predivide != 1.0:
+            pending.mul_(1.0 / self.rules.predivide)
+        return pending
+
+    def _shard_for_sum(self) -> Tensor:
+        if self._reduced_shard is None:
+            self._reduced_shard = torch.empty(
+                self.layout.shard_numel, dtype=self.accumulate_dtype, device=self.wire.device
+            )
+        return self._reduced_shard
+
+    @property
+    def reduced(self) -> Tensor:
+        """The summed gradient in the accumulate dtype: [shard_numel], or [padded_numel] with the optimizer FULL."""
+        assert self.has_reduced, f"{self.label} has no reduced gradient"
+        if self._retained is not None:
+            return self._counted_part(self._retained)
+        assert self._reduced_shard is not None
+        return self._reduced_shard
+
+    def own_reduced(self) -> Tensor:
+        """Return the part [shard_numel] of the summed gradient that counts as this rank's, for norms."""
+        return self._own_part(self.reduced) if self.rules.policy.gathers_grads else self.reduced
+
+    def drop(self) -> None:
+        """Forget all gradients and give their memory back: the next forward's activations can use it."""
+        self._pending = self._retained = self._reduced_shard = None
+        self._filled = [False] * len(self.shapes)
+        self.touched = [False] * len(self.shapes)
+        self.has_reduced = False
+
+    def _own_part(self, flat: Tensor) -> Tensor:
+        return own_part(flat, self.layout, self.wire.axis.rank)
+
+    def check_integrity(self) -> None:
+        """Assert that nothing is under way."""
+        assert self._work is None, f"{self.label}: a collective is under way"
+        assert self._travelling is None, f"{self.label}: a gradient buffer was forgotten"
+
+
+def _is_sole_owner(tensor: Tensor) -> bool:
+    """Say whether no other tensor shares this one's storage; needs every other alias of `tensor` itself to be gone."""
+    return _storage_uses(tensor) == _storage_uses(torch.empty(1))
+
+
+def _storage_uses(tensor: Tensor) -> int:
+    return int(torch._C._storage_Use_Count(tensor.untyped_storage()._cdata))

@@ -1,0 +1,48 @@
+"""What a shard group is told about itself: what it talks through, and what it does with its numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from craken.comm import MeshAxis, Transport
+from craken.precision import Precision
+from craken.zero.layout import Cut
+from craken.zero.policy import Keep, Policy
+
+
+@dataclass(frozen=True)
+class Wire:
+    """What a group talks through: the axis and what carries its collectives, and the device it lives on."""
+
+    axis: MeshAxis
+    transport: Transport
+    device: torch.device
+
+
+@dataclass(frozen=True)
+class GroupRules:
+    """What a group does with its numbers: the policy row, dtypes, how parameters may be cut, and the pre-division.
+
+    `predivide` divides gradients before they travel, against overflow in fp16. `accumulates` says that a step has
+    several micro-batches, so that gradients kept FULL are held between them; with one, they only pass through.
+    `trains` false is for frozen parameters: no gradients, no optimizer, the shard of the weights is all there is.
+    """
+
+    policy: Policy
+    precision: Precision
+    cut: Cut = Cut.PACKED
+    predivide: float = 1.0
+    accumulates: bool = False
+    trains: bool = True
+
+    @property
+    def retains_full_grads(self) -> bool:
+        """The full gradient buffer stays until the step; otherwise it is scratch, and only the shard stays."""
+        return self.policy.gathers_grads or (self.accumulates and self.policy.grads is Keep.FULL)
+
+    def accumulating(self) -> GroupRules:
+        """Return the rules for a step of several micro-batches."""
+        accumulate = self.precision.accumulate or torch.float32
+        return replace(self, accumulates=True, precision=replace(self.precision, accumulate=accumulate))
