@@ -13,8 +13,9 @@ def train_with_engine(case: Case, stage: int) -> Run:
     """Train one case under one stage; the losses are this rank's own."""
     import craken
 
-    model, run, rank = tiny_gpt(case.traits), Run(), dist.get_rank()
+    model, run = tiny_gpt(case.traits), Run()
     engine, *_ = craken.initialize(model=model, model_parameters=model.parameters(), config=case.config(stage))
+    rank = dist.get_rank()  # on CUDA the engine brings the world up
     for step in range(case.steps):
         total = 0.0
         for micro in range(case.accumulation):
