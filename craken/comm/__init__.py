@@ -12,7 +12,7 @@ from craken.comm.objects import (
     move_to_axis_device,
 )
 from craken.comm.tracing import phase
-from craken.comm.transport import Pending, Transport, transport_for
+from craken.comm.transport import Pending, Transport, Waitable, transport_for
 from craken.comm.world import (
     get_local_rank,
     get_rank,
@@ -28,6 +28,7 @@ __all__ = [
     "MeshAxis",
     "Pending",
     "Transport",
+    "Waitable",
     "all_reduce_sum",
     "axis_over",
     "barrier",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from craken.engine.data import ResumableLoader
 from craken.engine.memory import keep_freed_memory
 from craken.engine.model import named_parameters, place_buffers, place_frozen
 from craken.engine.monitor import Monitor
+from craken.engine.offload import placement_of, shelf_for, state_swap_for
 from craken.engine.optimizers import cuts_of, get_optimizer, get_scheduler, members
 from craken.engine.request import Request
 from craken.optim import can_step_in_chunks, takes_grad_scale, unfuse_where_missing
@@ -30,6 +31,8 @@ from craken.zero import (
     ShardedLayers,
     ShardGroup,
     ShardingPlan,
+    Shelf,
+    StateSwap,
     Stepping,
     Wire,
     is_castable,
@@ -64,6 +67,8 @@ class Parts:
     layers: ShardedLayers
     binding: Binding | None
     stepping: Stepping
+    swap: StateSwap | None
+    shelf: Shelf
     scheduler: Any
     loss_scale: LossScale
     precision: Precision
@@ -92,8 +97,9 @@ def build_parts(request: Request, config: Config, axis: MeshAxis, accelerator: A
     loader = _loader(request, config, batch, axis)
     sharded = _sharded_params(trainable, optimizer)
     ids = {id(param) for _, param in sharded}
-    wire = Wire(axis, transport_for(axis), device)
-    rules = rules_of(config, batch, precision, axis)
+    shelf = shelf_for(config, device)
+    wire = Wire(axis, transport_for(axis), shelf)
+    rules = replace(rules_of(config, batch, precision, axis), placement=placement_of(config, shelf))
     plan = ShardingPlan(rules, wire, _budget(config, wire), cuts_of(optimizer) if optimizer else {})
     layers = shard_model(request.model, sharded, plan, _live_budget(config, wire))
     ids |= {id(param) for group in layers.frozen for param in group.params}
@@ -101,10 +107,11 @@ def build_parts(request: Request, config: Config, axis: MeshAxis, accelerator: A
     take_out([param for _, param in rest])
     place_frozen(rest, dtype=precision.compute, device=device, axis=axis)
     place_buffers(request.model, device, axis)
-    binding = None
+    binding, swap = None, None
     if optimizer is not None:
         binding = Binding(optimizer, layers.groups)
         unfuse_where_missing(optimizer)  # the fragments may live on another device than the parameters did
+        swap = state_swap_for(config, layers.groups, binding, shelf)
     return Parts(
         config=config,
         axis=axis,
@@ -112,7 +119,9 @@ def build_parts(request: Request, config: Config, axis: MeshAxis, accelerator: A
         module=request.model,
         layers=layers,
         binding=binding,
-        stepping=_stepping(optimizer),
+        stepping=_stepping(optimizer, config),
+        swap=swap,
+        shelf=shelf,
         scheduler=scheduler,
         loss_scale=loss_scale_of(config),
         precision=precision,
@@ -171,10 +180,14 @@ def _sharded_params(
     return params
 
 
-def _stepping(optimizer: Optimizer | None) -> Stepping:
+def _stepping(optimizer: Optimizer | None, config: Config) -> Stepping:
     if optimizer is None:
         return Stepping(in_chunks=False, takes_grad_scale=False)
-    return Stepping(in_chunks=can_step_in_chunks(optimizer), takes_grad_scale=takes_grad_scale(optimizer))
+    return Stepping(
+        in_chunks=can_step_in_chunks(optimizer),
+        takes_grad_scale=takes_grad_scale(optimizer),
+        max_numel=config.zero_optimization.sub_group_size,
+    )
 
 
 def _stride(config: Config, batch: BatchSizes, axis: MeshAxis, groups: list[ShardGroup]) -> Stride:

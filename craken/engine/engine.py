@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from craken.comm import phase, transport_for
+from craken.disk import Traffic
 from craken.engine.accumulation import Accumulation
 from craken.engine.build import Parts
 from craken.engine.memory import return_freed_memory
@@ -35,6 +36,7 @@ from craken.zero import (
     ShardedOptimizer,
     ShardedStep,
     StepResult,
+    bytes_by_place,
     is_in_backward,
     register,
     watch_gradients,
@@ -80,7 +82,7 @@ class Engine(nn.Module):
         self._reducer = GradientReducer(parts.groups, should_reduce=self._reduces_now)
         self._stepper: ShardedStep | None = None
         if parts.binding is not None:
-            self._stepper = ShardedStep(parts.binding, parts.groups, self._reducer, parts.stepping)
+            self._stepper = ShardedStep(parts.binding, parts.groups, self._reducer, parts.stepping, parts.swap)
             self.optimizer = ShardedOptimizer(parts.binding.optimizer, parts.loss_scale)
         self._handles: list[Removable] = [*watch_gradients(parts.groups, self._reducer, self._grad_factor)]
         self._lifecycle = self._bring_weights(parts)
@@ -302,6 +304,17 @@ class Engine(nn.Module):
     def _weights_were_loaded(self) -> None:
         for group in (*self.groups, *self.parts.layers.frozen):
             group.take_from_params()
+
+    def memory_ledger(self) -> dict[str, int]:
+        """Return the bytes this rank holds of weights, masters, optimizer states and gradients.
+
+        By where they are: "device", "host" (not counted apart where it is the device's memory) and "nvme" (files).
+        """
+        return dict(bytes_by_place(self.groups, self.parts.layers.frozen, self.parts.binding))
+
+    def swap_statistics(self) -> list[Traffic]:
+        """Return what has moved between memory and each disk so far, bytes and seconds."""
+        return self.parts.shelf.traffic()
 
     def renew_weights(self) -> None:
         """Collective: drop whole copies of weights whose shards have changed."""

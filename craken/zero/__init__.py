@@ -9,13 +9,18 @@ from craken.zero.group import ShardGroup
 from craken.zero.grouping import CPU_GROUP_BYTES, CUDA_GROUP_BYTES, Budget
 from craken.zero.hooks import watch_gradients, watch_loading, watch_outputs, watch_reads, watch_units
 from craken.zero.layout import Cut
+from craken.zero.ledger import bytes_by_place
 from craken.zero.lifecycle import Lifecycle, Removable
+from craken.zero.link import Link
 from craken.zero.optimizer import ShardedStep, Stepping, StepResult
+from craken.zero.placement import Place, Placement
 from craken.zero.policy import Keep, Policy, policy_for_stage
 from craken.zero.reducer import GradientReducer
 from craken.zero.residence import Residence
 from craken.zero.room import mapped_bytes
 from craken.zero.rules import GroupRules, Wire
+from craken.zero.shelf import DiskSettings, Kind, Shelf
+from craken.zero.swapping import StateSwap, SwapSettings
 from craken.zero.units import whole_numel
 from craken.zero.weights import ZeroParamStatus
 
@@ -25,12 +30,17 @@ __all__ = [
     "Binding",
     "Budget",
     "Cut",
+    "DiskSettings",
     "GatheredParameters",
     "GradientReducer",
     "GroupRules",
     "Keep",
+    "Kind",
     "Lifecycle",
+    "Link",
     "LiveBudget",
+    "Place",
+    "Placement",
     "Policy",
     "Removable",
     "Residence",
@@ -39,10 +49,14 @@ __all__ = [
     "ShardedOptimizer",
     "ShardedStep",
     "ShardingPlan",
+    "Shelf",
+    "StateSwap",
     "StepResult",
     "Stepping",
+    "SwapSettings",
     "Wire",
     "ZeroParamStatus",
+    "bytes_by_place",
     "is_castable",
     "is_in_backward",
     "mapped_bytes",

@@ -6,6 +6,10 @@
 
 Buffers have the layout of the group's flat buffer. Sums are over ranks and micro-batches; the division by their number
 happens once, in the optimizer's step.
+
+Where the optimizer's states have left the device, each backward's sum follows them to the host while the backward goes
+on, and adds to what is there; its norms are taken in passing. The memory stays and is lent to the weights on their way
+back.
 """
 
 from __future__ import annotations
@@ -18,6 +22,9 @@ from torch import Tensor
 from craken.comm import Pending
 from craken.zero.flat import own_part, slot_view, zero_gaps
 from craken.zero.layout import GroupLayout
+from craken.zero.link import Arrival
+from craken.zero.norms import piece_norms
+from craken.zero.placement import Place
 from craken.zero.rules import GroupRules, Wire
 
 
@@ -44,6 +51,11 @@ class GroupGradients:
         self._retained: Tensor | None = None
         self.has_reduced = False
         self.touched = [False] * len(shapes)
+        link = wire.shelf.link
+        self._leaves_device = rules.placement.states is not Place.DEVICE and not link.host_is_device
+        self._on_host: Tensor | None = None
+        self._arrival = Arrival()
+        self._norms: Sequence[Tensor] = ()
 
     def begin_accumulating(self) -> None:
         """Hold gradients over several micro-batches from now on, in fp32 unless the config names a dtype.
@@ -57,7 +69,10 @@ class GroupGradients:
             self._pending = self._pending.to(self._pending_dtype)
         if self._retained is not None:
             self._retained = self._retained.to(self.accumulate_dtype)
-        if self._reduced_shard is not None:
+        if self._leaves_device and self.has_reduced:
+            shard, self._on_host = self.reduced, None
+            self._host_sum().copy_(shard)
+        elif self._reduced_shard is not None:
             shard, self._reduced_shard = self._reduced_shard.to(self.accumulate_dtype), None
             if self.rules.retains_full_grads:
                 self._retained = self._scratch()
@@ -131,14 +146,16 @@ class GroupGradients:
         sums_in_place = self.rules.retains_full_grads
         out = own if sums_in_place else self._shard_for_sum()
         self._travelling = pending
+        adds = self.has_reduced and not sums_in_place
         self._work = self.wire.transport.reduce_scatter(
-            pending.to(self.reduce_dtype), own, out, add=self.has_reduced and not sums_in_place, label=self.label
+            pending.to(self.reduce_dtype), own, out, add=adds, label=self.label
         )
 
     def finish_sum(self) -> None:
         """Wait for the shard's sum; with the optimizer FULL, start gathering the sums of the other ranks."""
         assert self._work is not None, f"{self.label} is not being reduced"
         assert self._travelling is not None
+        self._arrival.wait()
         self._work.wait()
         self._work = None
         if self.rules.policy.gathers_grads:
@@ -156,11 +173,37 @@ class GroupGradients:
     def _settle(self) -> None:
         pending, self._travelling = self._travelling, None
         assert pending is not None
-        if self._retained is not None:
+        if self._leaves_device:
+            shard, self._reduced_shard = self._reduced_shard, None
+            if shard is None:
+                self._send_to_host(self._own_part(pending), adds=self.has_reduced)
+            else:
+                self._send_to_host(shard, adds=False)
+        elif self._retained is not None:
             self._counted_part(self._retained).add_(self._counted_part(pending))
         elif self.rules.retains_full_grads:
             self._retained = pending
         self.has_reduced = True
+
+    def _send_to_host(self, shard: Tensor, *, adds: bool) -> None:
+        """Start to copy a sum to the host, with `adds` on top of what is there."""
+        link, host = self.wire.shelf.link, self._host_sum()
+        with link.beside("down", shard):
+            if adds:
+                shard.add_(host.to(shard.device, non_blocking=True))
+            self._norms = piece_norms(shard)
+            host.copy_(shard, non_blocking=True)
+            self._arrival = link.mark()
+
+    def _host_sum(self) -> Tensor:
+        if self._on_host is None:
+            pins = self.rules.placement.pins_states
+            self._on_host = self.wire.shelf.link.empty(self.layout.shard_numel, self.accumulate_dtype, pins=pins)
+        return self._on_host
+
+    def lend(self, dtype: torch.dtype) -> Tensor:
+        """Return host memory [shard_numel] that the device can read, until the next gradient is sent to the host."""
+        return self._host_sum().view(torch.uint8)[: self.layout.shard_numel * dtype.itemsize].view(dtype)
 
     def _counted_part(self, full: Tensor) -> Tensor:
         """Return the part of a summed full buffer that is valid: all of it after an all-gather, else the own slice."""
@@ -185,12 +228,20 @@ class GroupGradients:
             self._reduced_shard = torch.empty(
                 self.layout.shard_numel, dtype=self.accumulate_dtype, device=self.wire.device
             )
+            if self._leaves_device and self.has_reduced:  # the sum so far comes back to be added to
+                link = self.wire.shelf.link
+                with link.beside("down", self._reduced_shard):
+                    self._reduced_shard.copy_(self._host_sum(), non_blocking=True)
+                    self._arrival = link.mark()
         return self._reduced_shard
 
     @property
     def reduced(self) -> Tensor:
         """The summed gradient in the accumulate dtype: [shard_numel], or [padded_numel] with the optimizer FULL."""
         assert self.has_reduced, f"{self.label} has no reduced gradient"
+        if self._leaves_device:
+            self._arrival.wait_on_host()
+            return self._host_sum()
         if self._retained is not None:
             return self._counted_part(self._retained)
         assert self._reduced_shard is not None
@@ -200,9 +251,28 @@ class GroupGradients:
         """Return the part [shard_numel] of the summed gradient that counts as this rank's, for norms."""
         return self._own_part(self.reduced) if self.rules.policy.gathers_grads else self.reduced
 
+    def norms(self) -> Sequence[Tensor]:
+        """Return the L2 norms of the pieces of `own_reduced`, on the device."""
+        if not self._leaves_device:
+            return piece_norms(self.own_reduced())
+        self._arrival.wait()
+        return self._norms
+
+    @property
+    def on_device(self) -> list[Tensor]:
+        """The buffers that lie on the device now."""
+        held = (self._pending, self._travelling, self._retained, self._reduced_shard)
+        return [buffer for buffer in held if buffer is not None]
+
+    @property
+    def on_host(self) -> list[Tensor]:
+        """The buffers that lie in the host's memory and not on the device."""
+        return [] if self._on_host is None else [self._on_host]
+
     def drop(self) -> None:
         """Forget all gradients and give their memory back: the next forward's activations can use it."""
         self._pending = self._retained = self._reduced_shard = None
+        self._norms = ()
         self._filled = [False] * len(self.shapes)
         self.touched = [False] * len(self.shapes)
         self.has_reduced = False

@@ -12,21 +12,23 @@ In fp32 the master *is* the rank's part of the full buffer.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from craken.comm import Pending, broadcast
+from craken.comm import Waitable, broadcast
 from craken.precision import master_dtype
 from craken.spec import ShardSpec
 from craken.zero.flat import own_part, slot_view, zero_gaps
 from craken.zero.gradients import GroupGradients
 from craken.zero.layout import Cut, Fragment, lay_out
+from craken.zero.placement import Place
 from craken.zero.policy import Keep
-from craken.zero.room import lasting_copy
 from craken.zero.rules import GroupRules, Wire
+from craken.zero.shelf import Kind, Resting
 from craken.zero.weights import ShardedWeights
 
 
@@ -52,7 +54,7 @@ class ShardGroup:
         self.layout = lay_out([param.numel() for param in params], wire.axis.size, self._cut())
         self.dtype = dtype
         self.weights: ShardedWeights | None = None
-        self.full, self.master = self._move_in()
+        self.master, self.master_file = self._move_in()
         self.fragments = self._make_fragments()
         self.gradients = GroupGradients(self.label, self.shapes, self.layout, dtype, rules, wire)
 
@@ -61,26 +63,50 @@ class ShardGroup:
 
     # --- construction -------------------------------------------------------------------------------------------------
 
-    def _move_in(self) -> tuple[Tensor, Tensor]:
-        """Return (full [padded_numel], master [padded_numel or shard_numel]) holding the parameters' values."""
+    def _move_in(self) -> Resting:
+        """Set `full` [padded_numel], `kept` and whether the master is that; return the master.
+
+        Both are [shard_numel], or [padded_numel] with the optimizer FULL.
+        """
+        precise = self._take_values()
+        full = precise if precise.dtype == self.dtype else precise.to(self.dtype)
+        for param, slot in zip(self.params, self.layout.slots, strict=True):
+            param.data = slot_view(full, slot, param.shape)
+            param.grad = None
+        if self.policy.optimizer is Keep.FULL:
+            self.full, self.kept, self.master_is_kept = full, full, full is precise
+            return Resting(precise)
+        place, kept, where = self.rules.placement, Resting(self.own_part(full)), Place.DEVICE
+        if self.policy.frees_params:
+            where = place.weights
+            kept = self._rest(where, kept.flat, "weights", place.pins_weights)
+        self.master_is_kept = full is precise and (where is place.states or not self.rules.trains)
+        master = kept
+        if not self.master_is_kept:
+            travels = full is precise and place.pins_states  # in another dtype, it does through the gradients' memory
+            master = self._rest(place.states, self.own_part(precise), "states", travels)
+        if self.policy.frees_params:
+            self.weights = ShardedWeights(kept, self.params, self.layout, self.wire)
+            full = self.weights.full
+        self.full, self.kept = full, kept.flat
+        return master
+
+    def _take_values(self) -> Tensor:
+        """Return the parameters' values [padded_numel] in the master's dtype, rank 0's on every rank."""
         dtype = master_dtype(self.dtype) if self.rules.trains else self.dtype
         precise = torch.empty(self.layout.padded_numel, dtype=dtype, device=self.wire.device)
         for param, slot in zip(self.params, self.layout.slots, strict=True):
             slot_view(precise, slot, param.shape).copy_(param.data)
         zero_gaps(precise, self.layout)
         broadcast(precise, self.wire.axis, label=self.label)
-        full = precise if precise.dtype == self.dtype else precise.to(self.dtype)
-        for param, slot in zip(self.params, self.layout.slots, strict=True):
-            param.data = slot_view(full, slot, param.shape)
-            param.grad = None
-        if self.policy.optimizer is Keep.FULL:
-            return full, precise
-        own = self.own_part(precise)
-        if self.policy.frees_params:
-            master = own if full is precise else lasting_copy(own)
-            self.weights = ShardedWeights(full, self.params, self.layout, self.wire.axis.rank)
-            return self.weights.full, self.weights.shard if full is precise else master
-        return full, own if full is precise else own.clone()
+        return precise
+
+    def _rest(self, place: Place, values: Tensor, kind: Kind, pins: bool) -> Resting:
+        """Return a copy of `values` at `place`."""
+        name = f"{self.label}.{kind}"
+        resting = self.wire.shelf.empty(place, values.numel(), values.dtype, kind=kind, name=name, pins=pins)
+        resting.flat.copy_(values)
+        return resting
 
     def _make_fragments(self) -> list[MasterFragment]:
         if self.policy.optimizer is Keep.FULL:
@@ -107,13 +133,41 @@ class ShardGroup:
 
     # --- parameters ---------------------------------------------------------------------------------------------------
 
-    def refresh(self) -> Pending | None:
-        """Collective over the axis where the row says so: bring the updated master to every rank's parameters."""
-        if self.master.dtype != self.dtype:
-            self._kept_weights().copy_(self.master)
-        if not self.policy.gathers_params_after_step:
-            return None
-        return self.wire.transport.all_gather(self.full, label=self.label)
+    def refresh(self) -> list[Waitable]:
+        """Collective over the axis where the row says so: bring the updated master to every rank's parameters.
+
+        Returns what is to be waited for before they are used.
+        """
+        arrivals: list[Waitable] = []
+        link = self.wire.shelf.link
+        with contextlib.ExitStack() as beside:
+            if self.master_is_kept:
+                pass
+            elif self._crosses_link:
+                values = self._on_the_way_up()
+                beside.enter_context(link.beside("up"))
+                self.kept.copy_(values, non_blocking=True)
+                arrivals.append(link.mark())
+            elif self.weights is not None:
+                arrivals += self.weights.store(self.master)
+            else:
+                self.kept.copy_(self.master)
+            if self.policy.gathers_params_after_step:
+                arrivals.append(self.wire.transport.all_gather(self.full, label=self.label))
+        return arrivals
+
+    @property
+    def _crosses_link(self) -> bool:
+        """The weights that this rank keeps are on the device, their master is not."""
+        place, link = self.rules.placement, self.wire.shelf.link
+        stays = place.weights is Place.DEVICE or not self.policy.frees_params
+        return stays and place.states is not Place.DEVICE and not link.host_is_device
+
+    def _on_the_way_up(self) -> Tensor:
+        """Return the master in the compute dtype, in host memory that the device can read."""
+        if self.master.dtype == self.dtype and self.master_file is None:
+            return self.master
+        return self.gradients.lend(self.dtype).copy_(self.master)
 
     def take_from_params(self) -> None:
         """Make the parameters' values the master's, after somebody else has written to them."""
@@ -121,8 +175,8 @@ class ShardGroup:
             if not self.weights.is_whole:
                 return
             self.weights.shard.copy_(self.own_part(self.full))
-        if self.master.dtype != self.dtype:
-            self.master.copy_(self._kept_weights())
+        if not self.master_is_kept:
+            self.master.copy_(self.kept)
 
     def collect_values(self) -> None:
         """Bring values that users gave the whole parameters (`.data = ...`) into the flat buffer they are views of."""
@@ -131,12 +185,6 @@ class ShardGroup:
             if param.data.data_ptr() != view.data_ptr() and slot.numel:
                 view.copy_(param.data)
                 param.data = view
-
-    def _kept_weights(self) -> Tensor:
-        """Return the weights in the compute dtype that the master stands for."""
-        if self.weights is not None:
-            return self.weights.shard
-        return self.full if self.policy.optimizer is Keep.FULL else self.own_part(self.full)
 
     def check_integrity(self) -> None:
         """Assert that parameters are views of the full buffer and that nothing is under way."""

@@ -10,28 +10,34 @@ over pieces of about 100 k elements and combined in fp64: one flat fp32 norm of 
 
 from __future__ import annotations
 
+import contextlib
 import math
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from craken.comm import MeshAxis, Pending, all_reduce_sum, move_to_axis_device, phase
+from craken.comm import MeshAxis, Waitable, all_reduce_sum, move_to_axis_device, phase
 from craken.zero.binding import Binding
+from craken.zero.chunks import Share, plan_chunks
 from craken.zero.group import MasterFragment, ShardGroup
+from craken.zero.norms import sum_of_squares
 from craken.zero.reducer import GradientReducer
-
-_NORM_PIECE = 100_000  # elements
-_NUM_CHUNKS = 8  # an update in more pieces overlaps no more and costs a call of the optimizer each
+from craken.zero.swapping import StateSwap
 
 
 @dataclass(frozen=True)
 class Stepping:
-    """How an optimizer may be driven: in chunks of parameters one after another, and whether it divides gradients."""
+    """How an optimizer may be driven: in chunks of parameters one after another, and whether it divides gradients.
+
+    max_numel: what one of its calls should not exceed, in elements.
+    """
 
     in_chunks: bool
     takes_grad_scale: bool
+    max_numel: int = sys.maxsize
 
 
 @dataclass(frozen=True)
@@ -54,10 +60,19 @@ class ShardedStep:
     """Drives a torch optimizer over the master fragments of shard groups."""
 
     def __init__(
-        self, binding: Binding, groups: Sequence[ShardGroup], reducer: GradientReducer, stepping: Stepping
+        self,
+        binding: Binding,
+        groups: Sequence[ShardGroup],
+        reducer: GradientReducer,
+        stepping: Stepping,
+        swap: StateSwap | None = None,
     ) -> None:
+        """swap: brings states to hand that rest in files."""
         self.optimizer, self.groups = binding.optimizer, list(groups)
-        self._reducer, self._stepping = reducer, stepping
+        self._reducer, self._stepping, self._swap = reducer, stepping, swap
+        shares = [Share(group.master.numel(), group.rules.placement.states) for group in groups]
+        every = [range(len(groups))] if groups else []
+        self._chunks = plan_chunks(shares, max_numel=stepping.max_numel) if stepping.in_chunks else every
         self._fragments = [binding.fragments(index) for index in range(len(groups))]
 
     def step(self, *, divisor: float, max_norm: float, skip_nonfinite: bool) -> StepResult:
@@ -92,7 +107,7 @@ class ShardedStep:
         axis, num_groups = self.groups[0].wire.axis, len(self.groups)
         flags = [float(pending) for pending in self._reducer.pending_groups()]
         flags += [float(touched) for group in self.groups for touched in group.gradients.touched]
-        squares = sum_of_squares(group.gradients.own_reduced() for group in self.groups if group.gradients.has_reduced)
+        squares = sum_of_squares(group.gradients.norms() for group in self.groups if group.gradients.has_reduced)
         ballot = torch.tensor([0.0, *flags], dtype=torch.float64)
         ballot[0] = squares
         counted = _all_reduce(ballot, axis).tolist()
@@ -106,22 +121,20 @@ class ShardedStep:
     # --- update -------------------------------------------------------------------------------------------------------
 
     def _update(self, touched: Sequence[Sequence[bool]], scale: float) -> None:
-        gathers: list[Pending] = []
-        num_groups = len(self.groups)
-        at_once = max(1, -(-num_groups // _NUM_CHUNKS)) if self._stepping.in_chunks else max(1, num_groups)
-        for start in range(0, num_groups, at_once):
-            indices = range(start, min(start + at_once, num_groups))
-            self._step_groups(indices, touched, scale)
-            for index in indices:
-                gathers += self._refresh(index)
+        arrivals: list[Waitable] = []
+        for indices in self._chunks:
+            with contextlib.ExitStack() as at_hand:
+                if self._swap is not None:
+                    at_hand.enter_context(self._swap.at_hand(indices[0]))  # a run of one, where it matters
+                self._step_groups(indices, touched, scale)
+                for index in indices:
+                    with phase("zero::refresh", self.groups[index].label):
+                        arrivals += self.groups[index].refresh()
         with phase("zero::wait_gather"):
-            for gather in gathers:
-                gather.wait()
-
-    def _refresh(self, index: int) -> list[Pending]:
-        with phase("zero::refresh", self.groups[index].label):
-            gather = self.groups[index].refresh()
-        return [] if gather is None else [gather]
+            for arrival in arrivals:
+                arrival.wait()
+            if self._swap is not None:
+                self._swap.wait()
 
     def _step_groups(self, indices: Iterable[int], touched: Sequence[Sequence[bool]], scale: float) -> None:
         active = []
@@ -150,20 +163,6 @@ class ShardedStep:
                 param.grad = None
             if hasattr(self.optimizer, "grad_scale"):
                 del self.optimizer.grad_scale
-
-
-def sum_of_squares(flats: Iterable[Tensor]) -> Tensor:
-    """Return the sum of squares of all elements as a float64 scalar; inf or nan if any element is."""
-    sums = [torch.stack(list(_norms(torch.split(flat, _NORM_PIECE)))).double().square_().sum() for flat in flats]
-    return torch.stack(sums).sum() if sums else torch.zeros((), dtype=torch.float64)
-
-
-def _norms(pieces: Sequence[Tensor]) -> Sequence[Tensor]:
-    dtype = pieces[0].dtype
-    if dtype.itemsize < 4 and not pieces[0].is_cuda:
-        # the CPU's norm of 16-bit elements is five times slower than a cast that stays in the cache
-        return [torch.linalg.vector_norm(piece.float()) for piece in pieces]
-    return torch._foreach_norm(list(pieces), 2.0, torch.promote_types(dtype, torch.float32))
 
 
 def _all_reduce(ballot: Tensor, axis: MeshAxis) -> Tensor:

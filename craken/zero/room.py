@@ -53,16 +53,6 @@ def room_for(numel: int, dtype: torch.dtype, device: torch.device) -> Room:
     return _Storage(torch.empty(numel, dtype=dtype, device=device))
 
 
-def lasting_copy(values: Tensor) -> Tensor:
-    """Return a copy of flat `values` that stays for long, where it breaks up no free memory that others could use.
-
-    On the host, shards in the heap would lie where the model's weights were, with holes between them that are too small
-    for activations.
-    """
-    room = room_for(values.numel(), values.dtype, values.device)
-    return room.flat.copy_(values)
-
-
 class _Storage:
     """A tensor's storage that is resized."""
 

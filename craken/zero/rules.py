@@ -9,16 +9,22 @@ import torch
 from craken.comm import MeshAxis, Transport
 from craken.precision import Precision
 from craken.zero.layout import Cut
+from craken.zero.placement import ON_DEVICE, Placement
 from craken.zero.policy import Keep, Policy
+from craken.zero.shelf import Shelf
 
 
 @dataclass(frozen=True)
 class Wire:
-    """What a group talks through: the axis and what carries its collectives, and the device it lives on."""
+    """What a group talks through: the axis and what carries its collectives, its device, and where else it may rest."""
 
     axis: MeshAxis
     transport: Transport
-    device: torch.device
+    shelf: Shelf
+
+    @property
+    def device(self) -> torch.device:
+        return self.shelf.link.device
 
 
 @dataclass(frozen=True)
@@ -36,6 +42,7 @@ class GroupRules:
     predivide: float = 1.0
     accumulates: bool = False
     trains: bool = True
+    placement: Placement = ON_DEVICE
 
     @property
     def retains_full_grads(self) -> bool:

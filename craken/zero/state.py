@@ -33,7 +33,7 @@ def pieces(binding: Binding | None, groups: Sequence[ShardGroup]) -> Iterator[Na
             spec = ShardSpec(fragment.spec.fqn, fragment.spec.global_shape, offset, numel)
             start = offset - fragment.spec.offset
             yield WEIGHT, spec, fragment.tensor.detach().reshape(-1).narrow(0, start, numel)
-            for key, value in _tensor_states(binding, fragment):
+            for key, value in tensor_states(binding, fragment):
                 yield OPTIMIZER + key, spec, value.reshape(-1).narrow(0, start, numel)
 
 
@@ -49,7 +49,7 @@ def scalars(binding: Binding) -> dict[str, dict[str, Any]]:
     """Return what the optimizer keeps for a parameter besides tensors of its shape (step counts), by name."""
     found: dict[str, dict[str, Any]] = {}
     for name, fragment in binding.named_fragments().items():
-        tensors = dict(_tensor_states(binding, fragment))
+        tensors = dict(tensor_states(binding, fragment))
         state = binding.optimizer.state.get(fragment.tensor, {})
         rest = {key: value for key, value in state.items() if key not in tensors}
         if state:
@@ -75,9 +75,8 @@ def load_weights(groups: Sequence[ShardGroup], read: Callable[[str, ShardSpec, T
 def refresh(groups: Sequence[ShardGroup]) -> None:
     """Collective: bring every rank's parameters up to date with the masters."""
     for group in groups:
-        gather = group.refresh()
-        if gather is not None:
-            gather.wait()
+        for arrival in group.refresh():
+            arrival.wait()
 
 
 def load_optimizer(
@@ -109,7 +108,8 @@ def load_optimizer(
         optimizer.state[fragment.tensor] = state
 
 
-def _tensor_states(binding: Binding | None, fragment: MasterFragment) -> list[tuple[str, Tensor]]:
+def tensor_states(binding: Binding | None, fragment: MasterFragment) -> list[tuple[str, Tensor]]:
+    """Return the states that have the shape of a fragment, by key."""
     if binding is None:
         return []
     state = binding.optimizer.state.get(fragment.tensor, {})

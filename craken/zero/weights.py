@@ -10,15 +10,21 @@ the weights are gathered for backward. Reading them before that reads memory tha
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from enum import Enum
 
 import torch
 from torch import Tensor, nn
 
-from craken.comm import Pending, Transport
+from craken.comm import Pending, Transport, Waitable
+from craken.disk import Ticket
+from craken.zero.flat import own_part
 from craken.zero.layout import GroupLayout
-from craken.zero.room import lasting_copy, room_for
+from craken.zero.link import Arrival
+from craken.zero.room import room_for
+from craken.zero.rules import Wire
+from craken.zero.shelf import Resting
 
 
 class ZeroParamStatus(Enum):
@@ -37,17 +43,21 @@ def set_status(param: nn.Parameter, status: ZeroParamStatus) -> None:
 class ShardedWeights:
     """The flat weights of one shard group: freed -> being gathered -> whole -> freed."""
 
-    def __init__(self, values: Tensor, params: Sequence[nn.Parameter], layout: GroupLayout, rank: int) -> None:
-        """values: [padded_numel]; nothing of it is kept but this rank's shard."""
+    def __init__(self, shard: Resting, params: Sequence[nn.Parameter], layout: GroupLayout, wire: Wire) -> None:
+        """shard: this rank's [shard_numel]. `params` are whole, elsewhere, and let go of that memory."""
         self._params = list(params)
         self._slots = list(layout.slots)
         self._shapes = [param.shape for param in params]
-        self.shard = lasting_copy(values.narrow(0, rank * layout.shard_numel, layout.shard_numel))
-        self._placeholder = torch.empty(0, dtype=values.dtype, device=values.device)
-        self._room = room_for(layout.padded_numel, values.dtype, values.device)
+        self._link, self.shard, self._file = wire.shelf.link, shard.flat, shard.file
+        if shard.file is not None:
+            self._courier = wire.shelf.courier("weights")
+        self._coming: tuple[Tensor, Ticket] | None = None
+        self._placeholder = torch.empty(0, dtype=self.shard.dtype, device=wire.device)
+        self._room = room_for(layout.padded_numel, self.shard.dtype, wire.device)
         self.full = self._room.flat
-        self._own = self.full.narrow(0, rank * layout.shard_numel, layout.shard_numel)
+        self._own = own_part(self.full, layout, wire.axis.rank)
         self._work: Pending | None = None
+        self._arrival = Arrival()
         self.is_whole = True
         self.free()
 
@@ -61,15 +71,60 @@ class ShardedWeights:
         if self.is_whole or self._work is not None:
             return
         self._room.take()
-        self._own.copy_(self.shard)
-        self._work = transport.all_gather(self.full, label=label)
+        is_away = self.shard.device != self.full.device
+        with self._link.beside("up") if is_away else contextlib.nullcontext():
+            self._bring_own()
+            self._work = transport.all_gather(self.full, label=label)
+
+    def _bring_own(self) -> None:
+        if self._file is None:
+            self._own.copy_(self.shard, non_blocking=True)
+            self._arrival = self._link.mark()
+            return
+        self._begin_reading()
+        assert self._coming is not None
+        (buffer, ticket), self._coming = self._coming, None
+        ticket.wait()
+        self._own.copy_(self._in(buffer), non_blocking=True)
+        self._link.mark().wait_on_host()
+        self._courier.give_back(buffer)
+
+    def fetch(self) -> None:
+        """Begin to read a shard that rests in a file, if there is a buffer for it."""
+        if self._file is not None and not self.is_whole and self._work is None and self._courier.can_take(spare=1):
+            self._begin_reading()
+
+    def forget_fetched(self) -> None:
+        """Drop what was read ahead of use: the file has changed, or nobody came for it."""
+        if self._coming is not None:
+            (buffer, ticket), self._coming = self._coming, None
+            ticket.wait()
+            self._courier.give_back(buffer)
+
+    def store(self, values: Tensor) -> list[Waitable]:
+        """Make `values` [shard_numel], in any dtype, the shard; returns what is to be waited for before a gather."""
+        if self._file is None:
+            self.shard.copy_(values)
+            return []
+        buffer = self._courier.take(self.shard.nbytes)
+        ticket = self._file.write(self._in(buffer).copy_(values))
+        self._courier.give_back_after(buffer, [ticket])
+        return [self._courier]
+
+    def _begin_reading(self) -> None:
+        if self._coming is None:
+            assert self._file is not None
+            buffer = self._courier.take(self.shard.nbytes)
+            self._coming = (buffer, self._file.read(self._in(buffer)))
+
+    def _in(self, buffer: Tensor) -> Tensor:
+        return buffer[: self.shard.nbytes].view(self.shard.dtype)
 
     def finish(self) -> None:
         """Wait until the whole is there and let the parameters show it."""
         if self._work is None:
             return
-        work, self._work = self._work, None
-        work.wait()
+        self._wait(self._work)
         for param, slot, shape in zip(self._params, self._slots, self._shapes, strict=True):
             param.data = self.full.narrow(0, slot.offset, slot.numel).view(shape)
             set_status(param, ZeroParamStatus.AVAILABLE)
@@ -78,8 +133,7 @@ class ShardedWeights:
     def free(self) -> None:
         """Give the whole back; what was written into the parameters is lost."""
         if self._work is not None:
-            self._work.wait()
-            self._work = None
+            self._wait(self._work)
         elif not self.is_whole:
             return
         for param in self._params:
@@ -87,6 +141,11 @@ class ShardedWeights:
             set_status(param, ZeroParamStatus.NOT_AVAILABLE)
         self._room.give_back()
         self.is_whole = False
+
+    def _wait(self, work: Pending) -> None:
+        self._work = None
+        work.wait()
+        self._arrival.wait()
 
     @property
     def num_bytes(self) -> int:

@@ -1,0 +1,72 @@
+"""Makes the flat tensors that rest somewhere between uses: on the device, on the host, in a file."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from craken.disk import IoSettings, Swap, SwapFile, Traffic
+from craken.zero.courier import Courier
+from craken.zero.link import Link
+from craken.zero.placement import Place
+from craken.zero.room import room_for
+
+Kind = Literal["weights", "states"]
+
+
+class Resting(NamedTuple):
+    """A flat tensor where it rests; in a file it is a view of the file, which takes no memory of its own."""
+
+    flat: Tensor
+    file: SwapFile | None = None
+
+
+class DiskSettings(NamedTuple):
+    """The user's folder, how much moves to and from it at a time, and how many buffers may be in memory."""
+
+    folder: Path
+    io: IoSettings
+    num_buffers: int
+    pins: bool
+
+
+class Shelf:
+    """Hands out places for one engine; its files go with it."""
+
+    def __init__(self, link: Link, disks: Mapping[Kind, DiskSettings] | None = None) -> None:
+        """Raises OSError when a disk's folder cannot be used."""
+        self.link = link
+        self._swaps: dict[Kind, Swap] = {}
+        self._couriers: dict[Kind, Courier] = {}
+        by_folder: dict[Path, Swap] = {}
+        for kind, disk in (disks or {}).items():
+            self._swaps[kind] = by_folder.setdefault(disk.folder, Swap(disk.folder, disk.io))
+            self._couriers[kind] = Courier(disk.num_buffers, pins=disk.pins)
+
+    def empty(
+        self, place: Place, numel: int, dtype: torch.dtype, *, kind: Kind, name: str, pins: bool = False
+    ) -> Resting:
+        """Return undefined values [numel] at `place`, for long; `pins`: in page-locked memory if that is the host's.
+
+        On the host each is a mapping of its own: in the heap they would lie where the model's weights were, with holes
+        between them that are too small for activations.
+        """
+        if place is Place.DISK and numel:
+            file = self._swaps[kind].file(name.replace(os.sep, "."), numel * dtype.itemsize)
+            return Resting(file.mapped(dtype, numel), file)
+        if place is Place.HOST:
+            return Resting(self.link.empty(numel, dtype, pins=pins))
+        return Resting(room_for(numel, dtype, self.link.device).flat)
+
+    def courier(self, kind: Kind) -> Courier:
+        """Return what carries this kind between files and memory."""
+        return self._couriers[kind]
+
+    def traffic(self) -> list[Traffic]:
+        """Return what each disk has read and written so far."""
+        return [swap.traffic() for swap in {id(swap): swap for swap in self._swaps.values()}.values()]

@@ -1,0 +1,135 @@
+"""Shards that rest on the host or in files: the same numbers to the bit, and each byte where it belongs.
+
+Here host and device are one memory; tests of offload to the host turn that off, so that every copy is made.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import os
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from tests.parity.case import Case
+from tests.parity.model import batch, tiny_gpt
+from tests.parity.plain import weights_of
+
+STEPS = 4
+HOST, DISK = "cpu", "nvme"
+
+
+def offload_sections(states: str, weights: str, folder: str) -> dict[str, Any]:
+    """Return the config's two sections; "none" is written as well."""
+    return {
+        "offload_optimizer": {"device": states, "nvme_path": folder, "buffer_count": 2},
+        "offload_param": {"device": weights, "nvme_path": folder, "buffer_count": 2},
+    }
+
+
+def train(case: Case, stage: int, states: str = "none", weights: str = "none", folder: str = "") -> dict[str, Any]:
+    """Train a few steps with host and device kept apart; return losses, norms, weights, bytes sent."""
+    import craken
+    from craken import comm
+    from craken.engine import offload
+    from craken.zero import Link
+
+    config = case.config(stage)
+    if states != "none" or weights != "none":
+        config["zero_optimization"] |= offload_sections(states, weights, folder)
+    model = tiny_gpt(case.traits)
+    with mock.patch.object(offload, "Link", functools.partial(Link, host_is_device=False)):
+        engine, *_ = craken.initialize(model=model, model_parameters=model.parameters(), config=config)
+    losses, norms, before = [], [], comm.bytes_sent()
+    for step, micro in itertools.product(range(STEPS), range(case.accumulation)):
+        loss = engine(batch(step, micro, dist.get_rank()))
+        engine.backward(loss)
+        engine.step()
+        engine.check_integrity()
+        losses.append(loss.item())
+        norms.append(engine.get_global_grad_norm())
+    found = {"losses": losses, "norms": norms, "bytes": comm.bytes_sent() - before, "weights": weights_of(model)}
+    found["files"] = os.listdir(folder) if folder else []
+    engine.destroy()
+    return found
+
+
+def train_beside(case: Case, stage: int, states: str, weights: str, folder: str) -> list[dict[str, Any]]:
+    return [train(case, stage), train(case, stage, states, weights, folder)]
+
+
+COMBINATIONS = [
+    (1, HOST, "none"),
+    (2, HOST, "none"),
+    (2, DISK, "none"),
+    (3, HOST, "none"),
+    (3, "none", HOST),
+    (3, HOST, HOST),
+    (3, DISK, "none"),
+    (3, "none", DISK),
+    (3, DISK, HOST),
+    (3, HOST, DISK),
+    (3, DISK, DISK),
+]
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize(("stage", "states", "weights"), COMBINATIONS)
+def test_offload_changes_no_bit(run_ranks, tmp_path: Path, stage, states, weights, dtype, accumulation) -> None:
+    case = Case(dtype, 2, accumulation, clip=0.5)
+    for plain, offloaded in run_ranks(train_beside, 2, case, stage, states, weights, str(tmp_path)):
+        assert offloaded["losses"] == plain["losses"]
+        assert offloaded["norms"] == plain["norms"]
+        assert offloaded["bytes"] == plain["bytes"], "offload sent something over the wire"
+        for name, weight in plain["weights"].items():
+            assert torch.equal(offloaded["weights"][name], weight), name
+        assert offloaded["files"] == [], "swap files have names"
+
+
+NUMEL = 8 * 64 * 64  # no padding: every group divides by ranks and by 32
+
+
+def held(stage: int, states: str, weights: str, dtype: str, folder: str) -> dict[str, int]:
+    """Return the ledger of one rank after two steps."""
+    import craken
+    from craken.engine import offload
+    from craken.zero import Link
+
+    model = nn.Sequential(*(nn.Linear(64, 64, bias=False) for _ in range(8)))
+    zero = {"stage": stage, "reduce_bucket_size": 8192, "stage3_param_persistence_threshold": 0}
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "steps_per_print": 10**9,
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-3}},
+        "zero_optimization": {**zero, **offload_sections(states, weights, folder)},
+        "bf16": {"enabled": dtype == "bf16"},
+    }
+    with mock.patch.object(offload, "Link", functools.partial(Link, host_is_device=False)):
+        engine, *_ = craken.initialize(model=model, config=config)
+    for _ in range(2):
+        engine.backward(engine(torch.ones(1, 64).to(model[0].weight.dtype)).float().square().mean())
+        engine.step()
+    ledger = engine.memory_ledger()
+    engine.destroy()
+    return ledger
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize(("stage", "states", "weights"), [(2, "none", "none"), (3, "none", "none"), *COMBINATIONS])
+def test_every_byte_is_where_it_belongs(run_ranks, tmp_path: Path, stage, states, weights, dtype) -> None:
+    places, shard = {"none": "device", HOST: "host", DISK: "nvme"}, NUMEL // 2
+    itemsize = 2 if dtype == "bf16" else 4
+    is_one_copy = dtype == "fp32" and states == weights  # the master is the weights this rank keeps
+    expected = dict.fromkeys(("device", "host", "nvme"), 0)
+    expected[places[weights]] += itemsize * (NUMEL if stage < 3 else shard)
+    expected[places[states]] += (8 if is_one_copy else 12) * shard
+    if states != "none":
+        expected["host"] += itemsize * shard  # gradients come and go in memory that stays
+    assert run_ranks(held, 2, stage, states, weights, dtype, str(tmp_path)) == [expected] * 2
