@@ -63,6 +63,12 @@ def _config(words: Sequence[str]) -> int:
     return _check_config(arguments.file, arguments.world_size)
 
 
+def _io(words: Sequence[str]) -> int:
+    from craken.disk.command import main as measure_disk
+
+    return measure_disk(words)
+
+
 def _check_config(file: str, num_ranks: int) -> int:
     from rich.console import Console
 
@@ -86,6 +92,7 @@ _COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "train": (_train, "train a model with ZeRO on all accelerators, or on CPU processes"),
     "launch": (_launch, "start a script as one rank an accelerator, on one host or many"),
     "config": (_config, "check a config file and show the batch sizes it means"),
+    "io": (_io, "measure a disk for offload, and find the settings that suit it"),
     "doctor": (_doctor, "say what works on this machine, and why not"),
 }
 

@@ -13,13 +13,13 @@ class IoSettings:
     """How much is in flight: `num_threads` calls at a time, each of `queue_depth` blocks of `block_bytes`.
 
     The kernel cuts a call into requests of its own and has them all in flight at once, which is what a queue of so many
-    blocks is for; a second thread fills the gap between one call's end and the next one's begin. More of either only
-    helps disks that are faster than the defaults: `craken io` finds out.
+    blocks is for; other threads fill the gap between one call's end and the next one's begin, which is wide while all
+    cores compute. More of either only helps disks that the defaults do not saturate: `craken io` finds out.
     """
 
     block_bytes: int = 1 << 20
     queue_depth: int = 8
-    num_threads: int = 2
+    num_threads: int = 4
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
