@@ -18,6 +18,7 @@ from craken.disk.settings import ALIGNMENT_BYTES
 from craken.disk.transfer import OpenFile
 from craken.log import rank, warn_once
 
+_MANY_FILES = 1 << 16
 _REFUSALS = (errno.EINVAL, errno.EOPNOTSUPP)  # of a file system that has no direct I/O
 
 
@@ -70,6 +71,19 @@ def create_file(folder: Path, name: str, num_bytes: int, *, is_direct: bool) -> 
             f"cannot set {num_bytes:,} bytes aside for swap file {name!r} in {folder}: {error.strerror}{hint}",
         ) from error
     return file
+
+
+def allow_many_files() -> None:
+    """Raise this process's soft limit on open files, within the hard one.
+
+    Files without names stay open, a few for each group of parameters and as many mappings; shells allow 1024.
+    """
+    import resource  # not everywhere, as the rest of this room is not
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _MANY_FILES if hard == resource.RLIM_INFINITY else min(hard, _MANY_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def open_unnamed(folder: Path, *, is_direct: bool) -> OpenFile:

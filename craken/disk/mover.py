@@ -52,7 +52,7 @@ class Mover:
     def __init__(self, settings: IoSettings) -> None:
         self.settings = settings
         self._threads = ThreadPoolExecutor(settings.num_threads, thread_name_prefix="craken-disk")
-        self._reads, self._writes = Meter(), Meter()
+        self._reads, self._writes, self._both = Meter(), Meter(), Meter()
 
     def read(self, request: Request) -> Ticket:
         return self._start(request, read_piece, self._reads)
@@ -61,7 +61,8 @@ class Mover:
         return self._start(request, write_piece, self._writes)
 
     def traffic(self) -> Traffic:
-        return Traffic(self._reads.num_bytes, self._reads.busy_s, self._writes.num_bytes, self._writes.busy_s)
+        reads, writes = self._reads, self._writes
+        return Traffic(reads.num_bytes, reads.busy_s, writes.num_bytes, writes.busy_s, self._both.busy_s)
 
     def close(self) -> None:
         """Finish what is on its way, then end the threads."""
@@ -73,12 +74,13 @@ class Mover:
         pieces = cut(offset, len(memory), request.address, self.settings.piece_bytes, alignment=alignment)
         parts = [memory[piece.offset - offset :][: piece.num_bytes] for piece in pieces]
         started = [
-            self._threads.submit(_run, transfer, meter, request.file, piece, part)
+            self._threads.submit(_run, transfer, (meter, self._both), request.file, piece, part)
             for piece, part in zip(pieces, parts, strict=True)
         ]
         return Ticket(request.name, started)
 
 
-def _run(transfer: _Transfer, meter: Meter, file: OpenFile, piece: Piece, memory: memoryview) -> None:
-    with meter.moving(piece.num_bytes):
+def _run(transfer: _Transfer, meters: tuple[Meter, Meter], file: OpenFile, piece: Piece, memory: memoryview) -> None:
+    one_way, either_way = meters
+    with either_way.moving(piece.num_bytes), one_way.moving(piece.num_bytes):
         transfer(file, piece, memory)

@@ -17,7 +17,7 @@ import weakref
 from pathlib import Path
 
 from craken.disk.file import SwapFile
-from craken.disk.folder import check_folder, check_room, create_file
+from craken.disk.folder import allow_many_files, check_folder, check_room, create_file
 from craken.disk.mover import Mover
 from craken.disk.settings import IoSettings, round_up
 from craken.disk.traffic import Traffic
@@ -31,6 +31,7 @@ class Swap:
         self.folder = folder
         self.is_direct = check_folder(folder)
         check_room(folder, expected_bytes)
+        allow_many_files()
         self._mover = Mover(settings or IoSettings())
         self._files: weakref.WeakSet[SwapFile] = weakref.WeakSet()
         self._is_closed = False

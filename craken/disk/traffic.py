@@ -17,6 +17,7 @@ class Traffic:
     read_s: float = 0.0
     written_bytes: int = 0
     write_s: float = 0.0
+    busy_s: float = 0.0  # either way: less than both together when reads and writes overlap
 
     @property
     def read_bytes_per_s(self) -> float:
@@ -32,6 +33,7 @@ class Traffic:
             self.read_s - earlier.read_s,
             self.written_bytes - earlier.written_bytes,
             self.write_s - earlier.write_s,
+            self.busy_s - earlier.busy_s,
         )
 
 

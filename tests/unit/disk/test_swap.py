@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import gc
 import os
+import resource
 import subprocess
 import sys
 import threading
@@ -216,6 +217,21 @@ file.write(into)  # still on its way at exit
     done = subprocess.run(command, capture_output=True, timeout=60, check=False)
     assert (done.returncode, done.stderr) == (0, b"")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_there_may_be_more_files_than_a_shell_allows(tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < 2000:
+        pytest.skip(f"the hard limit on open files is {hard}")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+    try:
+        swap = Swap(tmp_path)
+        files = [swap.file(f"state {number}", 4) for number in range(300)]
+        mapped = [file.mapped(torch.float32, 1) for file in files]
+        assert len(mapped) == 300
+        swap.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 @pytest.mark.parametrize("name", ["block_bytes", "queue_depth", "num_threads"])

@@ -46,6 +46,7 @@ def test_a_swap_counts_what_it_moves(tmp_path: Path) -> None:
     between = swap.traffic() - before
     assert (before.written_bytes, before.read_bytes) == (100_000, 0)
     assert (between.written_bytes, between.read_bytes, between.write_s) == (0, 30_011, 0.0)
+    assert 0 < between.read_s <= between.busy_s
     assert between.read_bytes_per_s == pytest.approx(between.read_bytes / between.read_s)
     swap.close()
 
