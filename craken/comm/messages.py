@@ -1,7 +1,6 @@
 """Control messages of a gloo group, point to point: every rank sends its bytes to every other.
 
 gloo's own collectives run on a worker thread. That costs twice the time of an exchange (500 us against 250 at two
-gloo's own collectives run on a worker thread. That costs twice the time of an exchange (500 us against 250 at two
 ranks), and the thread takes Python's lock at its end to let go of the tensors: when the process leaves right after a
 collective, the interpreter goes down first and the thread dies inside C++ ("terminate called without an active
 exception", exit code 134). Messages have no such thread.
@@ -11,8 +10,9 @@ Every rank makes the same calls over a group in the same order; a message's tag 
 
 from __future__ import annotations
 
+import itertools
 import pickle
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -25,15 +25,18 @@ from craken.comm.mesh import MeshAxis
 CONTROL = 1023  # the transport number, of 0 to 1023, that control messages use
 CALLS_A_TRANSPORT = 1 << 20  # tags are 31 bits
 
-_calls: WeakKeyDictionary[dist.ProcessGroup, int] = WeakKeyDictionary()
+_calls: WeakKeyDictionary[dist.ProcessGroup, Iterator[int]] = WeakKeyDictionary()
 
 
 def sums(vector: Tensor, axis: MeshAxis) -> Tensor:
     """Collective over `axis`: return the sum over ranks, added in rank order: the same on all to the bit."""
-    everyones = torch.empty((axis.size, *vector.shape), dtype=vector.dtype)
-    everyones[axis.rank] = vector
-    exchange(vector, {peer: everyones[peer] for peer in _peers(axis)}, axis, "a sum over ranks")
-    return everyones.sum(0)
+    inbox = {peer: torch.empty_like(vector) for peer in _peers(axis)}
+    exchange(vector, inbox, axis, "a sum over ranks")
+    first, second, *others = [vector if rank == axis.rank else inbox[rank] for rank in range(axis.size)]
+    total = first + second
+    for term in others:
+        total += term
+    return total
 
 
 def objects(obj: Any, axis: MeshAxis) -> list[Any]:
@@ -56,9 +59,8 @@ def exchange(outgoing: Tensor, inbox: Mapping[int, Tensor], axis: MeshAxis, what
     """Collective over `axis`: send `outgoing` to every peer and fill `inbox` (peer -> tensor) with theirs."""
     group = axis.group
     assert group is not None, "an axis of several ranks has a group"
-    call = _calls.get(group, 0)
-    _calls[group] = call + 1
-    tag = CONTROL * CALLS_A_TRANSPORT + call % CALLS_A_TRANSPORT
+    calls = _calls.get(group) or _calls.setdefault(group, itertools.count())
+    tag = CONTROL * CALLS_A_TRANSPORT + next(calls) % CALLS_A_TRANSPORT
     works = [group.recv([tensor], peer, tag) for peer, tensor in inbox.items()]
     works += [group.send([outgoing], peer, tag) for peer in inbox]
     try:

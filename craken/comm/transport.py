@@ -88,29 +88,26 @@ class PointToPoint:
         numel = full.numel() // self._axis.size
         _record("reduce_scatter", full, self._axis, label)
         received = [torch.empty(numel, dtype=full.dtype, device=full.device) for _ in self._peers]
-        works = self._exchange(
-            sends={peer: full[peer * numel : (peer + 1) * numel] for peer in self._peers},
-            receives=dict(zip(self._peers, received, strict=True)),
-        )
+        parts = torch.split(full, numel)
+        works = self._exchange(sends=[parts[peer] for peer in self._peers], receives=received)
         return Pending(works, lambda: add_up(own, received, out, add=add), f"reduce-scatter of {label}")
 
     def all_gather(self, full: Tensor, *, label: str) -> Pending:
         numel = full.numel() // self._axis.size
         _record("all_gather", full, self._axis, label)
-        mine = full[self._axis.rank * numel : (self._axis.rank + 1) * numel]
-        works = self._exchange(
-            sends=dict.fromkeys(self._peers, mine),
-            receives={peer: full[peer * numel : (peer + 1) * numel] for peer in self._peers},
-        )
+        parts = torch.split(full, numel)
+        mine = [parts[self._axis.rank]] * len(self._peers)
+        works = self._exchange(sends=mine, receives=[parts[peer] for peer in self._peers])
         return Pending(works, None, f"all-gather of {label}")
 
-    def _exchange(self, sends: dict[int, Tensor], receives: dict[int, Tensor]) -> list[Waitable]:
+    def _exchange(self, sends: Sequence[Tensor], receives: Sequence[Tensor]) -> list[Waitable]:
+        """Start one message to and one from every peer, given in the order of `_peers`."""
         tag, group = self._first_tag + self._calls % CALLS_A_TRANSPORT, self._axis.group
         self._calls += 1
         assert group is not None, "an axis of several ranks has a group"
         # the group's own calls: isend and irecv check what holds here by construction, at 7 us a message
-        works: list[Waitable] = [group.recv([tensor], peer, tag) for peer, tensor in receives.items()]
-        works += [group.send([tensor], peer, tag) for peer, tensor in sends.items()]
+        works: list[Waitable] = [group.recv([t], peer, tag) for peer, t in zip(self._peers, receives, strict=True)]
+        works += [group.send([t], peer, tag) for peer, t in zip(self._peers, sends, strict=True)]
         return works
 
 
