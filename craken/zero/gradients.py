@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from craken.comm import Pending
-from craken.zero.flat import own_part, slot_view, zero_gaps
+from craken.zero.flat import own_part, slot_views, zero_gaps
 from craken.zero.layout import GroupLayout
 from craken.zero.link import Arrival
 from craken.zero.norms import piece_norms
@@ -44,6 +44,7 @@ class GroupGradients:
         self.label, self.shapes, self.layout = label, list(shapes), layout
         self.dtype, self.rules, self.wire = dtype, rules, wire
         self._pending: Tensor | None = None
+        self._places: list[Tensor] = []  # each parameter's, in pending; made when the first is needed
         self._filled = [False] * len(shapes)
         self._travelling: Tensor | None = None
         self._work: Pending | None = None
@@ -66,7 +67,7 @@ class GroupGradients:
             return
         self.rules = self.rules.accumulating()
         if self._pending is not None:
-            self._pending = self._pending.to(self._pending_dtype)
+            self._pending, self._places = self._pending.to(self._pending_dtype), []
         if self._retained is not None:
             self._retained = self._retained.to(self.accumulate_dtype)
         if self._leaves_device and self.has_reduced:
@@ -106,21 +107,22 @@ class GroupGradients:
         """Take a parameter's gradient, times `factor`; autograd's tensor is not needed afterwards."""
         if self._can_adopt(grad, factor):
             self._pending = grad.view(-1)
-            self._filled[slot] = self.touched[slot] = True
-            return
-        if self._pending is None:
-            self._pending = self._scratch()
-        place = self.layout.slots[slot]
-        view = slot_view(self._pending, place, self.shapes[slot])
-        if grad.layout is not torch.strided:
-            grad = grad.to_dense()
-        if self._filled[slot]:
-            view.add_(grad, alpha=factor)
-        elif factor == 1.0:
-            view.copy_(grad)
         else:
-            torch.mul(grad, factor, out=view) if grad.dtype == view.dtype else view.copy_(grad).mul_(factor)
+            self._add(slot, grad if grad.layout is torch.strided else grad.to_dense(), factor)
         self._filled[slot] = self.touched[slot] = True
+
+    def _add(self, slot: int, grad: Tensor, factor: float) -> None:
+        if not self._places:
+            if self._pending is None:
+                self._pending = self._scratch()
+            self._places = slot_views(self._pending, self.layout, self.shapes)
+        place = self._places[slot]
+        if self._filled[slot]:
+            place.add_(grad, alpha=factor)
+        elif factor == 1.0:
+            place.copy_(grad)
+        else:
+            torch.mul(grad, factor, out=place) if grad.dtype == place.dtype else place.copy_(grad).mul_(factor)
 
     def _can_adopt(self, grad: Tensor, factor: float) -> bool:
         """Say whether autograd's tensor can itself be the pending buffer: one parameter, no padding, no conversion.
@@ -213,10 +215,11 @@ class GroupGradients:
         return torch.empty(self.layout.padded_numel, dtype=self._pending_dtype, device=self.wire.device)
 
     def _completed_pending(self) -> Tensor:
-        pending, self._pending = self._scratch() if self._pending is None else self._pending, None
+        pending = self._scratch() if self._pending is None else self._pending
+        self._pending, self._places = None, []
         for filled, slot in zip(self._filled, self.layout.slots, strict=True):
             if not filled:
-                pending.narrow(0, slot.offset, slot.numel).zero_()
+                pending[slot.offset : slot.offset + slot.numel].zero_()
         zero_gaps(pending, self.layout)
         self._filled = [False] * len(self.shapes)
         if self.rules.predivide != 1.0:
@@ -273,6 +276,7 @@ class GroupGradients:
         """Forget all gradients and give their memory back: the next forward's activations can use it."""
         self._pending = self._retained = self._reduced_shard = None
         self._norms = ()
+        self._places = []
         self._filled = [False] * len(self.shapes)
         self.touched = [False] * len(self.shapes)
         self.has_reduced = False

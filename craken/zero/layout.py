@@ -13,6 +13,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
+from functools import cached_property
+from typing import NamedTuple
 
 ALIGN = 32  # elements: shards begin on 64 bytes in every dtype
 
@@ -45,6 +47,13 @@ class Fragment:
     numel: int
 
 
+class Cuts(NamedTuple):
+    """The sizes of a flat buffer's pieces, parameters and gaps, in order; and which piece each parameter is."""
+
+    numels: list[int]
+    piece_of_slot: list[int]
+
+
 @dataclass(frozen=True)
 class GroupLayout:
     """A flat buffer of `world_size` shards of `shard_numel` elements, and a slot for every parameter, in order."""
@@ -71,8 +80,9 @@ class GroupLayout:
                 found.append(Fragment(index, first - slot.offset, first - start, last - first))
         return found
 
+    @cached_property
     def gaps(self) -> list[Slot]:
-        """Return the ranges that hold no parameter (padding)."""
+        """The ranges that hold no parameter (padding)."""
         gaps, at = [], 0
         for slot in sorted(self.slots, key=lambda slot: slot.offset):
             if slot.offset > at:
@@ -81,6 +91,18 @@ class GroupLayout:
         if at < self.padded_numel:
             gaps.append(Slot(at, self.padded_numel - at))
         return gaps
+
+    @cached_property
+    def cuts(self) -> Cuts:
+        """Where to cut a flat buffer so that each parameter and each gap is a piece."""
+        runs = sorted([*enumerate(self.slots), *((-1, gap) for gap in self.gaps)], key=_place_in_buffer)
+        piece_of = {index: at for at, (index, _) in enumerate(runs)}
+        return Cuts([slot.numel for _, slot in runs], [piece_of[index] for index in range(len(self.slots))])
+
+
+def _place_in_buffer(run: tuple[int, Slot]) -> tuple[int, int]:
+    _, slot = run
+    return slot.offset, slot.numel  # nothing lies before what begins at the same place
 
 
 def lay_out(numels: Sequence[int], world_size: int, cut: Cut) -> GroupLayout:

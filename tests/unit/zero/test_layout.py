@@ -31,7 +31,7 @@ def test_fragments_of_all_ranks_tile_every_parameter(numels, world_size, cut):
 @given(SIZES, RANKS, st.sampled_from(Cut))
 def test_slots_and_gaps_tile_the_flat_buffer(numels, world_size, cut):
     layout = lay_out(numels, world_size, cut)
-    ranges = sorted((slot.offset, slot.numel) for slot in [*layout.slots, *layout.gaps()] if slot.numel)
+    ranges = sorted((slot.offset, slot.numel) for slot in [*layout.slots, *layout.gaps] if slot.numel)
     at = 0
     for offset, numel in ranges:
         assert offset == at
