@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 from craken.comm import get_accelerator
+
+_nothing: nullcontext[None] = nullcontext()
 
 
 class PhaseTimers:
@@ -16,12 +18,12 @@ class PhaseTimers:
         self.is_on = is_on
         self._seconds: dict[str, float] = {}
 
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
+    def phase(self, name: str) -> AbstractContextManager[None]:
         """Time the block as part of phase `name`; waits for the device at both ends."""
-        if not self.is_on:
-            yield
-            return
+        return self._timed(name) if self.is_on else _nothing
+
+    @contextmanager
+    def _timed(self, name: str) -> Iterator[None]:
         accelerator = get_accelerator()
         accelerator.synchronize()
         start = time.perf_counter()

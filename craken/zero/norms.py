@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -16,10 +17,15 @@ def piece_norms(flat: Tensor) -> Sequence[Tensor]:
         # the CPU's norm of 16-bit elements is five times slower than a cast that stays in the cache
         return [torch.linalg.vector_norm(piece.float()) for piece in torch.split(flat, _NORM_PIECE)]
     dtype = torch.promote_types(flat.dtype, torch.float32)
+    if flat.numel() <= _NORM_PIECE:
+        return [torch.linalg.vector_norm(flat, dtype=dtype)]
     return torch._foreach_norm(list(torch.split(flat, _NORM_PIECE)), 2.0, dtype)
 
 
-def sum_of_squares(norms: Iterable[Sequence[Tensor]]) -> Tensor:
-    """Return the sum of squares of all norms as a float64 scalar; inf or nan if any is."""
-    sums = [torch.stack(list(of_flat)).double().square_().sum() for of_flat in norms]
-    return torch.stack(sums).sum() if sums else torch.zeros((), dtype=torch.float64)
+def sum_of_squares(norms: Iterable[Sequence[Tensor]]) -> float:
+    """Return the sum of squares of all norms, exactly rounded; inf or nan if any is.
+
+    Waits for the device: the norms are all on one.
+    """
+    listed = [norm for of_flat in norms for norm in of_flat]
+    return math.fsum(norm * norm for norm in torch.stack(listed).tolist()) if listed else 0.0

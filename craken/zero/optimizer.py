@@ -11,9 +11,10 @@ over pieces of about 100 k elements and combined in fp64: one flat fp32 norm of 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -73,7 +74,8 @@ class ShardedStep:
         shares = [Share(group.master.numel(), group.rules.placement.states) for group in groups]
         every = [range(len(groups))] if groups else []
         self._chunks = plan_chunks(shares, max_numel=stepping.max_numel) if stepping.in_chunks else every
-        self._fragments = [binding.fragments(index) for index in range(len(groups))]
+        self._fragments = [_in_order(binding.fragments(index), group) for index, group in enumerate(groups)]
+        self._cuts = [_cuts(fragments, group) for fragments, group in zip(self._fragments, groups, strict=True)]
 
     def step(self, *, divisor: float, max_norm: float, skip_nonfinite: bool) -> StepResult:
         """Collective over the axis: update parameters with the gradients gathered since the last step, and drop them.
@@ -105,12 +107,11 @@ class ShardedStep:
         if not self.groups:
             return _Votes(0.0, [], [])
         axis, num_groups = self.groups[0].wire.axis, len(self.groups)
-        flags = [float(pending) for pending in self._reducer.pending_groups()]
-        flags += [float(touched) for group in self.groups for touched in group.gradients.touched]
         squares = sum_of_squares(group.gradients.norms() for group in self.groups if group.gradients.has_reduced)
-        ballot = torch.tensor([0.0, *flags], dtype=torch.float64)
-        ballot[0] = squares
-        counted = _all_reduce(ballot, axis).tolist()
+        ballot: list[float] = [squares, *self._reducer.pending_groups()]
+        for group in self.groups:
+            ballot += group.gradients.touched
+        counted = _all_reduce(torch.tensor(ballot, dtype=torch.float64), axis).tolist()
         touched, at = [], 1 + num_groups
         for group in self.groups:
             touched.append([count > 0 for count in counted[at : at + len(group.params)]])
@@ -137,7 +138,7 @@ class ShardedStep:
                 self._swap.wait()
 
     def _step_groups(self, indices: Iterable[int], touched: Sequence[Sequence[bool]], scale: float) -> None:
-        active = []
+        active: list[nn.Parameter] = []
         for index in indices:
             group = self.groups[index]
             if not group.gradients.has_reduced:
@@ -145,16 +146,23 @@ class ShardedStep:
             grads = group.gradients.reduced.to(group.master.dtype)
             if not self._stepping.takes_grad_scale and scale != 1.0:
                 grads.div_(scale)
-            for fragment in self._fragments[index]:
-                if touched[index][fragment.slot]:
-                    fragment.tensor.grad = _grad_of(fragment, group, grads)
-                    active.append(fragment.tensor)
+            active += self._hand_out(index, grads, touched[index])
         if active:
             self._run_optimizer(active, scale)
 
+    def _hand_out(self, index: int, grads: Tensor, touched: Sequence[bool]) -> Iterator[nn.Parameter]:
+        """Give the touched fragments of a group their gradients, and yield them."""
+        # grads and master have the same layout, so a fragment's gradient lies where the fragment lies
+        pieces = torch.split_with_sizes(grads, self._cuts[index])
+        for fragment, grad in zip(self._fragments[index], pieces, strict=False):
+            if touched[fragment.slot]:
+                tensor = fragment.tensor
+                tensor.grad = grad if tensor.dim() == 1 else grad.view(tensor.shape)
+                yield tensor
+
     def _run_optimizer(self, active: Sequence[nn.Parameter], scale: float) -> None:
         if self._stepping.takes_grad_scale and scale != 1.0:
-            self.optimizer.grad_scale = torch.tensor(scale, device=active[0].device)  # type: ignore[attr-defined]
+            self.optimizer.grad_scale = torch.full((), scale, device=active[0].device)  # type: ignore[attr-defined]
         try:
             with phase("zero::step"):
                 self.optimizer.step()
@@ -169,7 +177,15 @@ def _all_reduce(ballot: Tensor, axis: MeshAxis) -> Tensor:
     return all_reduce_sum(move_to_axis_device(ballot, axis), axis, label="norm and votes")
 
 
-def _grad_of(fragment: MasterFragment, group: ShardGroup, grads: Tensor) -> Tensor:
-    # grads and master have the same layout, so a fragment's gradient lies where the fragment lies in the master
-    offset = fragment.tensor.storage_offset() - group.master.storage_offset() if fragment.spec.numel else 0
-    return grads.narrow(0, offset, fragment.spec.numel).view(fragment.tensor.shape)
+def _in_order(fragments: Iterable[MasterFragment], group: ShardGroup) -> list[MasterFragment]:
+    """Return fragments in the order in which they lie in the master, those without elements first."""
+    return sorted(fragments, key=lambda fragment: (fragment.spec.numel > 0, fragment.tensor.storage_offset()))
+
+
+def _cuts(fragments: Sequence[MasterFragment], group: ShardGroup) -> list[int]:
+    """Return the sizes that cut a buffer of the master's layout into fragments in order, then what is left."""
+    numels = [fragment.spec.numel for fragment in fragments]
+    starts = itertools.accumulate(numels, initial=group.master.storage_offset())
+    for fragment, start in zip(fragments, starts, strict=False):
+        assert fragment.spec.numel == 0 or fragment.tensor.storage_offset() == start, f"a gap before {fragment.spec}"
+    return [*numels, group.master.numel() - sum(numels)]
