@@ -44,9 +44,11 @@ class Adam(torch.optim.Adam):
         _UNCORRECTED.watch(self)
 
 
-def _uncorrected_state(group: dict[str, Any], param: Tensor) -> dict[str, Any] | None:
-    if group.get("bias_correction", True):
-        return None
+def _is_uncorrected(group: dict[str, Any]) -> bool:
+    return not group.get("bias_correction", True)
+
+
+def _uncorrected_state(group: dict[str, Any], param: Tensor) -> dict[str, Any]:
     on_device = group["fused"] or group["capturable"]
     names = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq") if group["amsgrad"] else ("exp_avg", "exp_avg_sq")
     return {
@@ -55,4 +57,4 @@ def _uncorrected_state(group: dict[str, Any], param: Tensor) -> dict[str, Any] |
     }
 
 
-_UNCORRECTED = StateStarter(_uncorrected_state)
+_UNCORRECTED = StateStarter(_uncorrected_state, concerns=_is_uncorrected)

@@ -18,11 +18,12 @@ class StateStarter:
     step hooks and patches firing once.
     """
 
-    def __init__(self, start: StartState) -> None:
-        self._start = start
+    def __init__(self, start: StartState, *, concerns: Callable[[dict[str, Any]], bool] = lambda group: True) -> None:
+        """`concerns(group)` says whether `start` has anything for the parameters of a group."""
+        self._start, self._concerns = start, concerns
 
     def __call__(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        for group in optimizer.param_groups:
+        for group in filter(self._concerns, optimizer.param_groups):
             for param in group["params"]:
                 if param.grad is not None and not optimizer.state.get(param):
                     state = self._start(group, param)
