@@ -99,7 +99,7 @@ class DeepSpeedEngine(Engine):
 
     def was_step_applied(self) -> bool:
         """Say whether the last `step()` updated parameters: it was at a boundary and not skipped."""
-        return self._last_step_applied
+        return self._record.was_applied
 
     def steps_per_print(self) -> float | None:
         return self.parts.config.steps_per_print
