@@ -40,6 +40,7 @@ from craken.zero import (
     bytes_by_place,
     is_in_backward,
     register,
+    register_whole,
     watch_gradients,
     watch_loading,
     watch_outputs,
@@ -99,17 +100,22 @@ class Engine(nn.Module):
 
     def _bring_weights(self, parts: Parts) -> Lifecycle | None:
         """Have weights that are kept as shards gathered for each use; None where all are kept whole."""
-        freed = [group for group in (*parts.groups, *parts.layers.frozen) if group.weights is not None]
-        if not freed:
+        if not parts.layers.units:
             return None
+        groups = [*parts.groups, *parts.layers.frozen]
+        freed = [group for group in groups if group.weights is not None]
         ahead = min(
             parts.config.zero_optimization.stage3_prefetch_bucket_size,
             max(sum(group.layout.padded_numel for group in groups) for groups in parts.layers.groups_of.values()),
         )
-        residence = Residence(freed, transport_for(freed[0].wire.axis), max_ahead=ahead)
+        residence = Residence(freed, transport_for(parts.axis), max_ahead=ahead)
         lifecycle = Lifecycle(parts.layers.groups_of, residence, reducer=self._reducer, warn=warn_once)
+        register(groups, parts.axis, residence, lifecycle)
+        grouped = {id(param) for group in groups for param in group.params}
+        register_whole((param for param in parts.module.parameters() if id(param) not in grouped), parts.axis)
+        if not freed:
+            return None
         self._reducer.observer = lifecycle
-        register([*parts.groups, *parts.layers.frozen], lifecycle)
         lifecycle.handles += [*watch_units(parts.layers.units, lifecycle), *watch_reads(parts.module, freed, lifecycle)]
         return lifecycle
 

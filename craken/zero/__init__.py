@@ -1,6 +1,13 @@
 """The sharding engine: one set of verbs, a ZeRO stage is a row of a table."""
 
-from craken.zero.access import GatheredParameters, register, take_out
+from craken.zero.access import (
+    GatheredParameters,
+    external_parameters,
+    register_external_parameter,
+    take_out,
+    unregister_external_parameter,
+)
+from craken.zero.attributes import register, register_whole
 from craken.zero.autograd import is_in_backward, tensors_in
 from craken.zero.binding import Binding
 from craken.zero.build import LiveBudget, ShardedLayers, ShardingPlan, is_castable, shard_model
@@ -57,14 +64,18 @@ __all__ = [
     "Wire",
     "ZeroParamStatus",
     "bytes_by_place",
+    "external_parameters",
     "is_castable",
     "is_in_backward",
     "mapped_bytes",
     "policy_for_stage",
     "register",
+    "register_external_parameter",
+    "register_whole",
     "shard_model",
     "take_out",
     "tensors_in",
+    "unregister_external_parameter",
     "watch_gradients",
     "watch_loading",
     "watch_outputs",

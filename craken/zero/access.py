@@ -1,51 +1,45 @@
-"""Weights that are kept as shards, as their users see them: `GatheredParameters`, and the attributes clients read.
+"""Weights that are kept as shards, as their users see them: `GatheredParameters` and parameters read elsewhere.
 
-Names and meanings are DeepSpeed's (`ds_id`, `ds_shape`, `ds_numel`, `ds_status`, `ds_active_sub_modules`).
+    with GatheredParameters(a):                             a's group is whole from here on
+        with GatheredParameters([a, b], modifier_rank=0):   a is left to the outer block; b is this one's
+            b.data.mul_(2)
+        b: rank 0's values go to all ranks and into the shards; a group that nobody else needs is freed
+    a: what was written to it is lost
+
+Who gathered a parameter first answers for it, whatever else is in its group.
 """
 
 from __future__ import annotations
 
-import itertools
-import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.weak import WeakIdKeyDictionary
+from torch.utils.hooks import RemovableHandle
 
-from craken.comm import broadcast
+from craken.comm import broadcast, broadcast_object
+from craken.zero.attributes import Place, place_of, unregister
 from craken.zero.group import ShardGroup
-from craken.zero.lifecycle import Lifecycle
-from craken.zero.weights import ZeroParamStatus, set_status
+from craken.zero.hooks import watch_start
+from craken.zero.residence import Residence
+
+_EXTERNAL = "_craken_external"  # attribute of a module: id of parameter -> _External
 
 
-class _Place(NamedTuple):
-    """Where a parameter's values are. `lifecycle` is None where they are always whole; groups are numbered in order."""
-
-    group: ShardGroup
-    number: int
-    lifecycle: Lifecycle | None
+class _Asked(NamedTuple):
+    param: nn.Parameter
+    place: Place
 
 
-_ATTRIBUTES = ("ds_id", "ds_shape", "ds_numel", "ds_active_sub_modules", "ds_status")
+class _Before(NamedTuple):
+    """What a parameter that is always whole was: where its values lie, and a copy of them."""
 
-_places: WeakIdKeyDictionary = WeakIdKeyDictionary()  # parameter -> _Place
-_group_numbers, _param_numbers = itertools.count(), itertools.count()
-
-
-def register(groups: Sequence[ShardGroup], lifecycle: Lifecycle) -> None:
-    """Make the parameters of an engine's groups known here, and give them the attributes that clients read."""
-    for group in groups:
-        place = _Place(group, next(_group_numbers), None if group.weights is None else lifecycle)
-        for param, shape in zip(group.params, group.shapes, strict=True):
-            _places[param] = place
-            facts = {"ds_id": next(_param_numbers), "ds_shape": torch.Size(shape), "ds_numel": math.prod(shape)}
-            for name, value in {**facts, "ds_active_sub_modules": set()}.items():
-                setattr(param, name, value)
-            if group.weights is None:
-                set_status(param, ZeroParamStatus.AVAILABLE)
+    param: nn.Parameter
+    where: Tensor
+    values: Tensor
 
 
 class GatheredParameters:
@@ -53,79 +47,182 @@ class GatheredParameters:
 
     params: a parameter or any iterable of them; None, buffers, ordinary parameters and duplicates are passed over, and
     so are those that an outer block has gathered. modifier_rank: the rank whose edits (in place, `.data = ...`) become
-    everybody's; None discards edits. fwd_module: the module whose forward uses them here, for which they are gathered
-    again in backward. The order of `params` may differ between ranks.
+    everybody's; None discards edits, when the weights are freed. fwd_module: the module whose forward uses them, in
+    which they are there from now on, and again in its backward. The order of `params` may differ between ranks.
     """
 
     def __init__(
         self,
-        params: Tensor | Iterable[Tensor | None],
+        params: Tensor | Iterable[Tensor | None] | None,
         modifier_rank: int | None = None,
         fwd_module: nn.Module | None = None,
         enabled: bool = True,
     ) -> None:
-        listed = [params] if isinstance(params, Tensor) else list(params)
-        found = {place.number: place for param in listed if (place := _place_of(param)) is not None}
+        listed = [params] if params is None or isinstance(params, Tensor) else list(params)
+        found = {asked.place.number: asked for asked in _known(listed)}
         self._asked = [found[number] for number in sorted(found)] if enabled else []
-        self._modifier, self._is_read_by_forward = modifier_rank, fwd_module is not None
-        self._mine: list[_Place] = []
+        self._modifier, self._reader = modifier_rank, fwd_module
+        self._mine: list[_Asked] = []
+        self._before: list[_Before] = []
 
     def __enter__(self) -> None:
-        self._mine = [place for place in self._asked if place.lifecycle is None or not _is_pinned(place)]
-        for place in self._mine:
-            if place.lifecycle is None:
-                continue
-            place.lifecycle.residence.pin(place.group, self)
-            if self._is_read_by_forward and place.lifecycle.is_running():
-                place.lifecycle.read_in_forward(place.group)
+        for _, place in self._asked:
+            place.gatherers.append(self)
+        self._mine = [asked for asked in self._asked if asked.place.gatherers[0] is self]
+        self._before = [
+            _Before(param, param.data, param.data.clone()) for param, place in self._mine if place.residence is None
+        ]
+        for residence, group in _residences(self._mine):
+            residence.pin(group, self)
+        if self._reader is not None:
+            for param, place in self._mine:
+                if place.residence is not None and not _hold(param):
+                    register_external_parameter(self._reader, param)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, frames: TracebackType | None
     ) -> None:
-        for place in self._mine:
-            if self._modifier is not None and kind is None:
-                _publish(place.group, self._modifier)
-            if place.lifecycle is not None:
-                place.lifecycle.residence.unpin(place.group, self)
-        self._mine = []
+        mine, self._mine = self._mine, []
+        try:
+            if self._modifier is not None and kind is None and mine:
+                _publish(mine, self._modifier)
+                self._before = []
+        finally:
+            overlaps = self._release(mine)
+        if overlaps and kind is None:
+            raise RuntimeError(
+                f"GatheredParameters: {overlaps} parameter(s) of this block are still used by another one that began "
+                "inside of it and has not ended; leave blocks in the opposite order, or gather each parameter once"
+            )
+
+    def _release(self, mine: Sequence[_Asked]) -> int:
+        """Let go of what this block gathered; returns how many of it others still count on."""
+        for _, place in self._asked:
+            place.gatherers.remove(self)
+        for param, where, values in self._before:
+            where.copy_(values)
+            param.data = where
+        self._before = []
+        for param, place in mine:
+            if place.group is not None and place_of(param) is place:
+                param.data = place.group.view_of(place.slot)  # what `.data = ...` put in its place goes
+        for residence, group in _residences(mine):
+            residence.unpin(group, self)
+        return sum(bool(place.gatherers) for _, place in mine)
+
+
+def _known(tensors: Iterable[Tensor | None]) -> Iterator[_Asked]:
+    for tensor in tensors:
+        place = place_of(tensor)
+        if place is not None and isinstance(tensor, nn.Parameter):
+            yield _Asked(tensor, place)
+
+
+def _residences(mine: Sequence[_Asked]) -> list[tuple[Residence, ShardGroup]]:
+    """Return the groups to bring together, once each, in an order that all ranks share."""
+    places = {
+        id(place.group): (place.residence, place.group)
+        for _, place in mine
+        if place.residence is not None and place.group is not None
+    }
+    return list(places.values())
+
+
+def _publish(mine: Sequence[_Asked], source: int) -> None:
+    """Collective: make rank `source`'s values of whole parameters everybody's, shards and masters included."""
+    axis = mine[0].place.axis
+    if not 0 <= source < axis.size:
+        raise ValueError(f"GatheredParameters: modifier_rank is {source}, expected a rank from 0 to {axis.size - 1}")
+    wrong = [
+        f"{tuple(param.shape)} in place of {tuple(param.ds_shape)}"  # type: ignore[attr-defined]
+        for param, _ in mine
+        if param.shape != param.ds_shape  # type: ignore[attr-defined]
+    ]
+    refused = broadcast_object(wrong, axis, source)  # before the first of many: all ranks raise, or none
+    if refused:
+        raise ValueError(
+            f"GatheredParameters: rank {source} gave `.data` of another shape: {', '.join(refused[:4])}; shapes stay, "
+            "to change one put a new Parameter into the module"
+        )
+    for param, place in mine:
+        label = "a parameter (edited)" if place.group is None else f"{place.group.names[place.slot]} (edited)"
+        edited, kept = param.data, param.data if place.group is None else place.group.view_of(place.slot)
+        if axis.rank == source and edited.data_ptr() != kept.data_ptr():
+            kept.copy_(edited)
+        flat = kept.contiguous().view(-1)
+        broadcast(flat.view(torch.uint8), place.axis, label=label, source=source)  # bytes: every dtype travels
+        if not kept.is_contiguous():
+            kept.copy_(flat.view(kept.shape))
+        if place.group is not None:
+            param.data = kept
+            place.group.keep_edit(place.slot)
+
+
+# --- weights that a forward uses though they are another module's -----------------------------------------------------
+
+
+class _External(NamedTuple):
+    param: nn.Parameter
+    handle: RemovableHandle
+
+
+def register_external_parameter(module: nn.Module, parameter: nn.Parameter) -> None:
+    """Have `parameter` whole in every forward of `module`, and for the backward of that, though it is another module's.
+
+    Needed only for what is not read as an attribute of its owner (`head.weight`): such reads are noticed. May be called
+    before `initialize`.
+    """
+    if not isinstance(module, nn.Module) or not isinstance(parameter, nn.Parameter):
+        raise ValueError(
+            "register_external_parameter(module, parameter): expected a torch.nn.Module and a torch.nn.Parameter, got "
+            f"{type(module).__name__} and {type(parameter).__name__}"
+        )
+    known = module.__dict__.setdefault(_EXTERNAL, {})
+    if id(parameter) not in known:
+        known[id(parameter)] = _External(parameter, watch_start(module, partial(_hold, parameter)))
+
+
+def unregister_external_parameter(module: nn.Module, parameter: nn.Parameter) -> None:
+    """Undo `register_external_parameter`; ValueError if it was not called."""
+    known = module.__dict__.get(_EXTERNAL, {})
+    if id(parameter) not in known:
+        raise ValueError("unregister_external_parameter: this parameter was not registered with this module")
+    known.pop(id(parameter)).handle.remove()
+
+
+def external_parameters(module: nn.Module) -> list[nn.Parameter]:
+    """Return what was registered with a module."""
+    return [external.param for external in module.__dict__.get(_EXTERNAL, {}).values()]
+
+
+def _hold(param: nn.Parameter) -> bool:
+    """Collective unless it is whole: have `param` whole for the forward that runs, if one does, and its backward."""
+    place = place_of(param)
+    if place is None or place.group is None or place.lifecycle is None or not place.lifecycle.is_running():
+        return False
+    place.lifecycle.read_in_forward(place.group)
+    return True
+
+
+# --- weights that leave an engine -------------------------------------------------------------------------------------
 
 
 def take_out(params: Sequence[nn.Parameter]) -> None:
     """Collective: give parameters that another engine keeps as shards whole tensors of their own again.
 
-    That engine's hooks leave the model: its weights are somebody else's from now on.
+    One group is whole at a time, beside the tensors that come out. That engine's hooks leave the model: its weights are
+    somebody else's from now on.
     """
-    places = [place for param in params if (place := _place_of(param)) is not None]
-    with GatheredParameters(params):
-        for param in params:
-            place = _place_of(param)
-            if place is None:
-                continue
-            if place.group.weights is not None:
+    leaving = list(_known(params))
+    who = object()
+    for residence, group in _residences(leaving):
+        residence.pin(group, who)
+        for param, place in leaving:
+            if place.group is group and group.weights is not None:
                 param.data = param.data.clone()
-                place.group.weights.forget(param)
-            del _places[param]
-            for name in _ATTRIBUTES:
-                delattr(param, name)
-    for place in places:
+                group.weights.forget(param)
+        residence.unpin(group, who)
+    for param, place in leaving:
+        unregister(param)
         if place.lifecycle is not None:
             place.lifecycle.retire()
-
-
-def _publish(group: ShardGroup, source: int) -> None:
-    """Collective: make rank `source`'s values of a whole group everybody's, masters included."""
-    group.collect_values()
-    broadcast(group.full, group.wire.axis, label=f"{group.label} (edited)", source=source)
-    group.take_from_params()
-
-
-def _place_of(param: Any) -> _Place | None:
-    if not isinstance(param, nn.Parameter) or param not in _places:
-        return None
-    place: _Place = _places[param]
-    return place
-
-
-def _is_pinned(place: _Place) -> bool:
-    assert place.lifecycle is not None
-    return place.lifecycle.residence.is_pinned(place.group)

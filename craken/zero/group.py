@@ -178,13 +178,18 @@ class ShardGroup:
         if not self.master_is_kept:
             self.master.copy_(self.kept)
 
-    def collect_values(self) -> None:
-        """Bring values that users gave the whole parameters (`.data = ...`) into the flat buffer they are views of."""
-        for param, slot, shape in zip(self.params, self.layout.slots, self.shapes, strict=True):
-            view = slot_view(self.full, slot, shape)
-            if param.data.data_ptr() != view.data_ptr() and slot.numel:
-                view.copy_(param.data)
-                param.data = view
+    def view_of(self, slot: int) -> Tensor:
+        """Return one parameter's place in the whole flat buffer, in its shape."""
+        return slot_view(self.full, self.layout.slots[slot], self.shapes[slot])
+
+    def keep_edit(self, slot: int) -> None:
+        """Make the values in one parameter's place of the whole flat buffer this rank's shard's and master's."""
+        for piece in self.layout.fragments(self.wire.axis.rank):
+            if piece.slot == slot:
+                values = self.view_of(slot).view(-1).narrow(0, piece.param_offset, piece.numel)
+                self.kept.narrow(0, piece.shard_offset, piece.numel).copy_(values)
+                if not self.master_is_kept:
+                    self.master.narrow(0, piece.shard_offset, piece.numel).copy_(values)
 
     def check_integrity(self) -> None:
         """Assert that parameters are views of the full buffer and that nothing is under way."""

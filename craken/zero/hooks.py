@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 from weakref import WeakMethod
 
@@ -80,6 +81,15 @@ def watch_loading(module: nn.Module, loaded: Callable[[], None]) -> RemovableHan
 
     handle: RemovableHandle = module.register_load_state_dict_post_hook(after)  # type: ignore[no-untyped-call]
     return handle
+
+
+def watch_start(module: nn.Module, starts: Callable[[], object]) -> RemovableHandle:
+    """Have `starts` called before each forward of `module`, once the weights of its own are there."""
+    return module.register_forward_pre_hook(partial(_call, starts))
+
+
+def _call(starts: Callable[[], object], module: nn.Module, inputs: tuple[Any, ...]) -> None:
+    starts()
 
 
 def watch_units(units: Sequence[Unit], lifecycle: Lifecycle) -> list[RemovableHandle]:

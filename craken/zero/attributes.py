@@ -1,0 +1,99 @@
+"""What a parameter carries at stage 3: where its values are, and the attributes that clients read.
+
+Names and meanings of the attributes are DeepSpeed's (`ds_id`, `ds_shape`, `ds_numel`, `ds_status`,
+`ds_active_sub_modules`). Everything hangs on the parameter itself, so a model and its shards go together when nobody
+refers to them any more; copies of a parameter carry none of it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from craken.comm import MeshAxis
+from craken.zero.group import ShardGroup
+from craken.zero.lifecycle import Lifecycle
+from craken.zero.residence import Residence
+from craken.zero.weights import ZeroParamStatus, set_status
+
+_PLACE = "_craken_place"
+_FACTS = ("ds_id", "ds_shape", "ds_numel", "ds_active_sub_modules", "ds_status")
+
+_numbers = itertools.count()
+
+
+@dataclass(eq=False)
+class Place:
+    """Where a parameter's values are.
+
+    number: its place in an order that is the same on all ranks. axis: the ranks that hold the model. group: None for
+    what is in no group. residence: brings the weights together; None where they are always whole. lifecycle: the
+    engine's, once there is one. gatherers: who asked for it to be gathered and is not done, the outermost first.
+    """
+
+    number: int
+    axis: MeshAxis
+    group: ShardGroup | None
+    slot: int
+    residence: Residence | None
+    lifecycle: Lifecycle | None
+    gatherers: list[object] = field(default_factory=list)
+
+    def __reduce__(self) -> Any:
+        return type(None), ()  # a pickled parameter is an ordinary one
+
+
+def place_of(param: Any) -> Place | None:
+    """Return where a parameter's values are; None for anything that stage 3 does not know."""
+    return getattr(param, _PLACE, None) if isinstance(param, nn.Parameter) else None
+
+
+def register(
+    groups: Sequence[ShardGroup], axis: MeshAxis, residence: Residence, lifecycle: Lifecycle | None = None
+) -> None:
+    """Give the parameters of `groups` their attributes; ranks register the same ones in the same order."""
+    for group in groups:
+        is_sharded = group.weights is not None
+        for slot, (param, shape) in enumerate(zip(group.params, group.shapes, strict=True)):
+            place = Place(
+                next(_numbers),
+                axis,
+                group,
+                slot,
+                residence if is_sharded else None,
+                lifecycle if is_sharded else None,
+            )
+            _write(param, place, torch.Size(shape))
+            if not is_sharded:
+                set_status(param, ZeroParamStatus.AVAILABLE)
+
+
+def register_whole(params: Iterable[nn.Parameter], axis: MeshAxis) -> None:
+    """Give parameters that every rank keeps whole, in no group, their attributes."""
+    for param in params:
+        _write(param, Place(next(_numbers), axis, None, 0, None, None), param.shape)
+        set_status(param, ZeroParamStatus.AVAILABLE)
+
+
+def unregister(param: nn.Parameter) -> None:
+    """Take the attributes away again."""
+    for name in (_PLACE, *_FACTS):
+        delattr(param, name)
+
+
+def _write(param: nn.Parameter, place: Place, shape: torch.Size) -> None:
+    facts = {"ds_id": place.number, "ds_shape": shape, "ds_numel": math.prod(shape), "ds_active_sub_modules": set()}
+    for name, value in {_PLACE: place, **facts}.items():
+        setattr(param, name, value)
+
+
+def whole_shape(param: Tensor) -> torch.Size:
+    """Return a parameter's shape when it is whole."""
+    shape: torch.Size = getattr(param, "ds_shape", param.shape)
+    return shape
