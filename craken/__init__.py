@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from craken.engine import DeepSpeedEngine as DeepSpeedEngine
     from craken.engine import Engine as Engine
     from craken.zero import GatheredParameters as GatheredParameters
+    from craken.zero import Init as Init
+    from craken.zero import OnDevice as OnDevice
+    from craken.zero import register_external_parameter as register_external_parameter
+    from craken.zero import unregister_external_parameter as unregister_external_parameter
 
 # public name -> the module that defines it; imported at first use, so that `craken.config` needs no torch
 _PUBLIC = {
@@ -22,6 +26,10 @@ _PUBLIC = {
     "init_distributed": "craken.comm",
     "Engine": "craken.engine",
     "GatheredParameters": "craken.zero",
+    "Init": "craken.zero",
+    "OnDevice": "craken.zero",
+    "register_external_parameter": "craken.zero",
+    "unregister_external_parameter": "craken.zero",
     "DeepSpeedEngine": "craken.engine",
 }
 
@@ -29,10 +37,14 @@ __all__ = [
     "DeepSpeedEngine",
     "Engine",
     "GatheredParameters",
+    "Init",
+    "OnDevice",
     "__version__",
     "add_config_arguments",
     "init_distributed",
     "initialize",
+    "register_external_parameter",
+    "unregister_external_parameter",
 ]
 
 

@@ -21,7 +21,7 @@ from craken.engine import (
     find_config,
 )
 from craken.engine.request import OptimizerOrFactory
-from craken.zero import ShardedOptimizer
+from craken.zero import ShardedOptimizer, paused
 
 Initialized = tuple[DeepSpeedEngine, ShardedOptimizer | None, ResumableLoader[Any] | None, Any]
 
@@ -61,7 +61,8 @@ def initialize(
     check_ranks_agree(parsed.raw, model, axis)  # before any check that could fail on some ranks only
     check_supported(parsed, accelerator, mpu=mpu, mesh_param=mesh_param)
     resolve_batch(parsed, axis.size)
-    engine = DeepSpeedEngine(build_parts(request, parsed, axis, accelerator))
+    with paused():  # a zero.Init that is open is about the user's modules
+        engine = DeepSpeedEngine(build_parts(request, parsed, axis, accelerator))
     return engine, engine.optimizer, engine.training_dataloader, engine.lr_scheduler
 
 

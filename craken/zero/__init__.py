@@ -11,6 +11,7 @@ from craken.zero.attributes import register, register_whole
 from craken.zero.autograd import is_in_backward, tensors_in
 from craken.zero.binding import Binding
 from craken.zero.build import LiveBudget, ShardedLayers, ShardingPlan, is_castable, shard_model
+from craken.zero.construct import Init, paused
 from craken.zero.facade import ShardedOptimizer
 from craken.zero.group import ShardGroup
 from craken.zero.grouping import CPU_GROUP_BYTES, CUDA_GROUP_BYTES, Budget
@@ -19,6 +20,7 @@ from craken.zero.layout import Cut
 from craken.zero.ledger import bytes_by_place
 from craken.zero.lifecycle import Lifecycle, Removable
 from craken.zero.link import Link
+from craken.zero.on_device import OnDevice
 from craken.zero.optimizer import ShardedStep, Stepping, StepResult
 from craken.zero.placement import Place, Placement
 from craken.zero.policy import Keep, Policy, policy_for_stage
@@ -41,6 +43,7 @@ __all__ = [
     "GatheredParameters",
     "GradientReducer",
     "GroupRules",
+    "Init",
     "Keep",
     "Kind",
     "Lifecycle",
@@ -48,6 +51,7 @@ __all__ = [
     "LiveBudget",
     "Place",
     "Placement",
+    "OnDevice",
     "Policy",
     "Removable",
     "Residence",
@@ -68,6 +72,7 @@ __all__ = [
     "is_castable",
     "is_in_backward",
     "mapped_bytes",
+    "paused",
     "policy_for_stage",
     "register",
     "register_external_parameter",

@@ -20,6 +20,7 @@ from torch import Tensor
 
 _PROT_NONE, _PROT_READ_WRITE = 0, mmap.PROT_READ | mmap.PROT_WRITE
 _HUGE_PAGE = 2 << 20
+_SMALLEST_MAPPING = 64 << 10  # bytes; less goes through malloc: a process may have 65,530 mappings
 
 
 _mapped: weakref.WeakKeyDictionary[mmap.mmap, int] = weakref.WeakKeyDictionary()  # -> bytes that are there now
@@ -48,7 +49,8 @@ class Room(Protocol):
 
 def room_for(numel: int, dtype: torch.dtype, device: torch.device) -> Room:
     """Return a room for `numel` elements."""
-    if device.type == "cpu" and _mprotect() is not None:
+    is_large = numel * dtype.itemsize >= _SMALLEST_MAPPING
+    if device.type == "cpu" and is_large and _mprotect() is not None:
         return _Mapping(numel, dtype)
     return _Storage(torch.empty(numel, dtype=dtype, device=device))
 

@@ -1,6 +1,7 @@
 """DeepSpeed's names, handed over to craken; no logic of its own."""
 
 from craken import DeepSpeedEngine as DeepSpeedEngine
+from craken import OnDevice as OnDevice
 from craken import add_config_arguments as add_config_arguments
 from craken import init_distributed as init_distributed
 from craken import initialize as initialize

@@ -1,3 +1,7 @@
 """deepspeed.zero: weights that are kept as shards."""
 
 from craken import GatheredParameters as GatheredParameters
+from craken import Init as Init
+from craken import register_external_parameter as register_external_parameter
+from craken import unregister_external_parameter as unregister_external_parameter
+from craken.zero import ZeroParamStatus as ZeroParamStatus

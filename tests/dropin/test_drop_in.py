@@ -15,12 +15,14 @@ PACKAGE = ROOT / "dropin" / "deepspeed"
 
 NAMES = """
 deepspeed: initialize init_distributed add_config_arguments DeepSpeedEngine get_accelerator log_dist logger __version__
-deepspeed: DeepSpeedConfig DeepSpeedConfigError
+deepspeed: DeepSpeedConfig DeepSpeedConfigError OnDevice
 deepspeed.comm: init_distributed is_initialized get_rank get_world_size get_local_rank barrier all_reduce ReduceOp
 deepspeed.comm: all_gather_into_tensor reduce_scatter_tensor all_to_all_single send recv isend irecv reduce gather
 deepspeed.comm: scatter all_gather broadcast new_group destroy_process_group get_global_rank get_world_group
 deepspeed.accelerator: get_accelerator
-deepspeed.zero: GatheredParameters
+deepspeed.zero: GatheredParameters Init register_external_parameter unregister_external_parameter ZeroParamStatus
+deepspeed.runtime.zero.partition_parameters: Init GatheredParameters ZeroParamStatus register_external_parameter
+deepspeed.runtime.zero.partition_parameters: zero_wrapper_for_fp_tensor_constructor _orig_torch_arange get_accelerator
 deepspeed.utils: logger log_dist RepeatingLoader
 deepspeed.utils.logging: logger log_dist
 deepspeed.runtime.engine: DeepSpeedEngine
@@ -70,6 +72,8 @@ assert deepspeed.runtime.lr_schedules.VALID_LR_SCHEDULES == [
 assert deepspeed.runtime.engine.DeepSpeedEngine is deepspeed.DeepSpeedEngine
 assert deepspeed.ops.adam.FusedAdam and deepspeed.comm.is_initialized() is False
 assert deepspeed.launcher.runner.DEEPSPEED_ENVIRONMENT_NAME == ".deepspeed_env"
+import craken.zero.construct, deepspeed.runtime.zero.partition_parameters as pp
+assert pp is craken.zero.construct is deepspeed.runtime.zero.partition_parameters
 assert isinstance(deepspeed.DeepSpeedConfig({"train_batch_size": 2}).train_batch_size, int)
 """
     _from_tree(code)

@@ -1,0 +1,156 @@
+"""Builds models that fit nowhere whole: inside of `Init`, a module's parameters become shards as soon as it is built.
+
+    Linear.__init__   weight and bias are made on every rank, whole, and get their values
+           returns    cast, moved to the device, rank 0's values sent to all; of each, a rank keeps its shard
+    Block.__init__    builds its layers one after another, each as above
+           returns    now the parameters of its own, if it has any
+
+At most one module is whole at a time. The Parameter objects stay, as empty placeholders: optimizers may be made from
+them, modules may share them. `GatheredParameters` brings them together before there is an engine; `initialize` lays
+them out anew. Tensor constructors are left alone. Clients know this module as `partition_parameters`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import nn
+
+from craken.comm import axis_over, get_accelerator, init_distributed
+from craken.zero.access import GatheredParameters, register_external_parameter, unregister_external_parameter
+from craken.zero.build_settings import settings_from
+from craken.zero.policy import Keep
+from craken.zero.sharder import Sharder
+from craken.zero.weights import ZeroParamStatus
+from craken.zero.wrapping import ConstructionWatch
+
+__all__ = [
+    "GatheredParameters",
+    "Init",
+    "ZeroParamStatus",
+    "get_accelerator",
+    "paused",
+    "register_external_parameter",
+    "unregister_external_parameter",
+    "zero_wrapper_for_fp_tensor_constructor",
+]
+
+_orig_torch_arange = torch.arange  # transformers compares constructors with it
+
+
+def zero_wrapper_for_fp_tensor_constructor(
+    fn: Callable[..., Any], target_fp_dtype: torch.dtype, target_device: torch.device
+) -> Callable[..., Any]:
+    """Return `fn`: tensor constructors are not changed here, but transformers replaces this function by its name."""
+    return fn
+
+
+class Init:
+    """Have the parameters of every module that is built inside kept as shards. Collective over all ranks of the group.
+
+    Each module's parameters are cast (to `dtype`, or what the config's fp16 and bf16 sections say), moved to the device
+    and sharded when its constructor has returned, with rank 0's values; its buffers are moved. `Module.apply` sees
+    whole parameters; rank 0's results stay. Of the config only `fp16.enabled`, `bf16.enabled`, the ZeRO stage and
+    `offload_param.device` are read, so it may be unfinished ("auto"). A stage that keeps parameters whole makes this
+    do nothing, and so does an `Init` around it. `module=` converts a module that is there already, perhaps on meta.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module | None = None,
+        data_parallel_group: Any = None,
+        mem_efficient_linear: bool = True,
+        remote_device: str | None = None,
+        pin_memory: bool = False,
+        config_dict_or_path: Any = None,
+        config: Any = None,
+        enabled: bool = True,
+        dtype: torch.dtype | None = None,
+        mpu: Any = None,
+        zero_param_parallel_group: Any = None,
+        zero_quantized_weights: bool = False,
+        zero_quantized_nontrainable_weights: bool = False,
+        sequence_data_parallel_group: Any = None,
+        param_swapper: Any = None,
+    ) -> None:
+        """The arguments are DeepSpeed's; how weights travel and where they wait is decided by `initialize`."""
+        given = config if config_dict_or_path is None else config_dict_or_path
+        self._settings = settings_from(given, dtype=dtype, remote_device=remote_device)
+        self.enabled = enabled and self._settings.policy.params is Keep.SHARD
+        self._group = sequence_data_parallel_group or data_parallel_group
+        if self._group is None and mpu is not None:
+            self._group = mpu.get_data_parallel_group()
+        if self.enabled and module is not None:
+            sharder = self._sharder()
+            for part in module.modules():
+                sharder.shard_module(part)
+
+    def __enter__(self) -> Init:
+        if self.enabled:
+            _open.append(None if _open else _watch(self._sharder()))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, frames: TracebackType | None
+    ) -> None:
+        if self.enabled and (watch := _open.pop()) is not None:
+            watch.stop()
+
+    def _sharder(self) -> Sharder:
+        with get_accelerator().device():  # messages are tensors too, whatever device the user builds on
+            init_distributed()
+            return Sharder(axis_over(self._group), self._settings)
+
+
+_open: list[ConstructionWatch | None] = []  # the blocks that are open; only the outermost, the first, has a watch
+
+
+@contextlib.contextmanager
+def paused() -> Iterator[None]:
+    """Build modules inside as if no `Init` were open."""
+    watch = _open[0] if _open else None
+    was_paused = watch is None or watch.is_paused
+    if watch is not None:
+        watch.is_paused = True
+    try:
+        yield
+    finally:
+        if watch is not None:
+            watch.is_paused = was_paused
+
+
+def _watch(sharder: Sharder) -> ConstructionWatch:
+    watch = ConstructionWatch(sharder.shard_module)
+    apply: Any = nn.Module.apply
+    copy: Any = nn.Parameter.__deepcopy__
+
+    def apply_gathered(module: nn.Module, fn: Callable[[nn.Module], None]) -> nn.Module:
+        if watch.is_paused:
+            apply(module, fn)
+            return module
+        for child in module.children():
+            child.apply(fn)
+        with GatheredParameters(module.parameters(recurse=False), modifier_rank=0):
+            fn(module)
+        return module
+
+    def copy_sharded(param: nn.Parameter, memo: dict[int, Any]) -> Any:
+        if watch.is_paused or param.shape == getattr(param, "ds_shape", param.shape) or id(param) in memo:
+            return copy(param, memo)
+        with GatheredParameters(param):
+            twin = copy(param, memo)
+        sharder.shard_parameter("a copy", twin)
+        return twin
+
+    try:
+        watch.start()
+        watch.replace(nn.Module, "apply", apply_gathered)
+        watch.replace(nn.Parameter, "__deepcopy__", copy_sharded)  # nn.TransformerEncoder copies its first layer
+    except BaseException:
+        watch.stop()
+        raise
+    return watch

@@ -1,0 +1,3 @@
+"""deepspeed.runtime.zero."""
+
+from deepspeed.runtime.zero import partition_parameters as partition_parameters
