@@ -67,14 +67,14 @@ def pages(num_bytes: int, *, pinned: bool = False) -> Tensor:  # uint8 [num_byte
             memory.madvise(getattr(mmap, advice))
     buffer = torch.frombuffer(memory, dtype=torch.uint8)
     if pinned and torch.cuda.is_available():
-        _pin(buffer, memory)
+        _pin(buffer)
     return buffer
 
 
-def _pin(buffer: Tensor, memory: mmap.mmap) -> None:
+def _pin(buffer: Tensor) -> None:
     cudart, address = torch.cuda.cudart(), buffer.data_ptr()  # type: ignore[no-untyped-call]
     code = cudart.cudaHostRegister(address, buffer.numel(), 0)
     if int(code):
         raise RuntimeError(f"cannot pin {buffer.numel():,} bytes of host memory ({code}); set pin_memory to false")
-    # not at exit: the driver is gone by then and has done it
-    weakref.finalize(memory, cudart.cudaHostUnregister, address).atexit = False
+    # with the storage: a mapping is gone by the time that finalizers of it run. Not at exit: the driver has done it then
+    weakref.finalize(buffer.untyped_storage(), cudart.cudaHostUnregister, address).atexit = False

@@ -11,31 +11,48 @@ from typing import Any
 
 import torch
 
+from craken.disk import IoSettings
+from craken.zero.placement import Place
 from craken.zero.policy import Policy, policy_for_stage
+from craken.zero.shelf import DiskSettings, Kind
 
 _SHARDED = 3  # without a config
 
 
 @dataclass(frozen=True)
 class BuildSettings:
-    """The policy row, the dtype to cast parameters to (None: as they are), where shards wait ("": the device)."""
+    """The policy row, the dtype to cast parameters to (None: as they are), where shards wait, the folder for files."""
 
     policy: Policy
     dtype: torch.dtype | None
-    offload: str
+    place: Place
+    folder: Path | None
+
+    @property
+    def disks(self) -> dict[Kind, DiskSettings]:
+        """What a shelf needs to make files; nothing unless shards wait in files."""
+        if self.place is not Place.DISK:
+            return {}
+        if self.folder is None:
+            raise ValueError(
+                "zero.Init with parameters on 'nvme' needs a folder: write zero_optimization.offload_param.nvme_path"
+            )
+        return {"weights": DiskSettings(self.folder, IoSettings(), num_buffers=2, pins=True)}
 
 
 def settings_from(config: Any, *, dtype: torch.dtype | None, remote_device: str | None) -> BuildSettings:
     """Read a dict, a JSON file or a parsed config; `dtype` and `remote_device` win over it. "auto" counts as unset."""
     if config is None:
-        return BuildSettings(policy_for_stage(_SHARDED), dtype, _unless_none(remote_device))
+        return BuildSettings(policy_for_stage(_SHARDED), dtype, _place(remote_device), None)
     keys = _mapping_of(config)
     zero = _section(keys, "zero_optimization")
-    stage = zero.get("stage", 0)
+    stage, offload = zero.get("stage", 0), _section(zero, "offload_param")
+    folder = offload.get("nvme_path")
     return BuildSettings(
         policy_for_stage(0 if stage == "auto" else int(stage)),
         dtype or _compute_dtype(keys),
-        _unless_none(remote_device or _section(zero, "offload_param").get("device")),
+        _place(remote_device or offload.get("device")),
+        None if folder in (None, "none", "auto") else Path(str(folder)).expanduser(),
     )
 
 
@@ -60,5 +77,10 @@ def _compute_dtype(keys: Mapping[str, Any]) -> torch.dtype:
     return next((dtype for name, dtype in named if _section(keys, name).get("enabled") is True), torch.float32)
 
 
-def _unless_none(device: Any) -> str:
-    return "" if device in (None, "none", "auto") else str(device)
+def _place(device: Any) -> Place:
+    if device in (None, "none", "auto"):
+        return Place.DEVICE
+    places = {"cpu": Place.HOST, "nvme": Place.DISK}
+    if device not in places:
+        raise ValueError(f"zero.Init: expected parameters on 'none', 'cpu' or 'nvme', got {device!r}")
+    return places[device]

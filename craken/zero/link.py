@@ -12,14 +12,12 @@ else the driver stages them through memory of its own and the host waits.
 from __future__ import annotations
 
 import contextlib
-import mmap
-import weakref
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from craken.log import warn_once
+from craken.disk import pages
 from craken.zero.room import room_for
 
 
@@ -51,10 +49,9 @@ class Link:
 
     def empty(self, numel: int, dtype: torch.dtype, *, pins: bool) -> Tensor:
         """Return host memory [numel] that stays for long, page-locked if asked: for copies to and from the device."""
-        flat = room_for(numel, dtype, torch.device("cpu")).flat
         if pins and numel and self.device.type == "cuda":
-            _page_lock(flat)
-        return flat
+            return pages(numel * dtype.itemsize, pinned=True)[: numel * dtype.itemsize].view(dtype)
+        return room_for(numel, dtype, torch.device("cpu")).flat
 
     @contextlib.contextmanager
     def beside(self, way: str, *buffers: Tensor) -> Iterator[None]:
@@ -81,17 +78,3 @@ class Link:
         event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         event.record()
         return Arrival(event)
-
-
-def _page_lock(flat: Tensor) -> None:
-    """Register a tensor's own pages with the driver, for as long as its storage lives; once without, if it refuses."""
-    runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-    pointer, size = flat.data_ptr(), -(-flat.untyped_storage().nbytes() // mmap.PAGESIZE) * mmap.PAGESIZE
-    error = int(runtime.cudaHostRegister(pointer, size, 0))
-    if error:
-        warn_once(
-            f"the driver does not page-lock {size / 2**30:.1f} GiB of host memory (error {error}): copies to and from "
-            "the device are slower; raise the limit (ulimit -l), or set pin_memory to false"
-        )
-        return
-    weakref.finalize(flat.untyped_storage(), runtime.cudaHostUnregister, pointer)

@@ -16,8 +16,11 @@ from craken.zero.attributes import place_of, register
 from craken.zero.build import is_castable
 from craken.zero.build_settings import BuildSettings
 from craken.zero.group import ShardGroup
+from craken.zero.link import Link
+from craken.zero.placement import Placement
 from craken.zero.residence import Residence
 from craken.zero.rules import GroupRules, Wire
+from craken.zero.shelf import Shelf
 
 
 class Sharder:
@@ -25,14 +28,11 @@ class Sharder:
 
     def __init__(self, axis: MeshAxis, settings: BuildSettings) -> None:
         """Collective over `axis`."""
-        accelerator = get_accelerator()
-        if settings.offload and not accelerator.is_cpu:
-            raise NotImplementedError(
-                f"zero.Init with parameters offloaded to {settings.offload!r} on CUDA does not work yet: build without "
-                "offload_param and remote_device, or outside of zero.Init"
-            )
-        self._wire = Wire(axis, transport_for(axis), accelerator.device())
-        self._rules = GroupRules(settings.policy, Precision(compute=settings.dtype), trains=False)
+        shelf = Shelf(Link(get_accelerator().device()), settings.disks)
+        placement = Placement(weights=settings.place).resolve(host_is_device=shelf.link.host_is_device)
+        self._wire = Wire(axis, transport_for(axis), shelf)
+        precision = Precision(compute=settings.dtype)
+        self._rules = GroupRules(settings.policy, precision, trains=False, placement=placement)
 
     def shard_module(self, module: nn.Module) -> None:
         """Collective: shard a module's own parameters (not its children's), and move its buffers to the device.

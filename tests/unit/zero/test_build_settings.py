@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from craken.zero import Keep
+from craken.zero import Keep, Place
 from craken.zero.build_settings import settings_from
 
 
@@ -29,7 +29,7 @@ def test_an_unfinished_config_is_enough() -> None:
     settings = settings_from(config, dtype=None, remote_device=None)
     assert settings.policy.params is Keep.SHARD
     assert settings.dtype is torch.bfloat16
-    assert settings.offload == "cpu"
+    assert settings.place is Place.HOST
 
 
 @pytest.mark.parametrize(
@@ -43,15 +43,17 @@ def test_an_unfinished_config_is_enough() -> None:
 )
 def test_stage_and_dtype_follow_the_config(config, shards, dtype) -> None:
     settings = settings_from(config, dtype=None, remote_device=None)
-    assert (settings.policy.params is Keep.SHARD, settings.dtype, settings.offload) == (shards, dtype, "")
+    assert (settings.policy.params is Keep.SHARD, settings.dtype, settings.place) == (shards, dtype, Place.DEVICE)
 
 
 def test_arguments_win_over_the_config(tmp_path: Path) -> None:
     path = tmp_path / "config.json"
     path.write_text(json.dumps({"bf16": {"enabled": True}, "zero_optimization": {"stage": 3}}))
     settings = settings_from(str(path), dtype=torch.float16, remote_device="nvme")
-    assert (settings.dtype, settings.offload) == (torch.float16, "nvme")
-    assert settings_from(path, dtype=None, remote_device="none").offload == ""
+    assert (settings.dtype, settings.place) == (torch.float16, Place.DISK)
+    with pytest.raises(ValueError, match="nvme_path"):
+        _ = settings.disks
+    assert settings_from(path, dtype=None, remote_device="none").place is Place.DEVICE
 
 
 def test_anything_else_is_refused(tmp_path: Path) -> None:
