@@ -76,5 +76,5 @@ def _pin(buffer: Tensor) -> None:
     code = cudart.cudaHostRegister(address, buffer.numel(), 0)
     if int(code):
         raise RuntimeError(f"cannot pin {buffer.numel():,} bytes of host memory ({code}); set pin_memory to false")
-    # with the storage: a mapping is gone by the time that finalizers of it run. Not at exit: the driver has done it then
+    # with the storage: a mapping is gone by the time its own finalizers run; not at exit: the driver has done it then
     weakref.finalize(buffer.untyped_storage(), cudart.cudaHostUnregister, address).atexit = False

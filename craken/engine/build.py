@@ -27,6 +27,7 @@ from craken.zero import (
     Binding,
     Budget,
     GroupRules,
+    HostShare,
     LiveBudget,
     ShardedLayers,
     ShardGroup,
@@ -100,7 +101,8 @@ def build_parts(request: Request, config: Config, axis: MeshAxis, accelerator: A
     shelf = shelf_for(config, device)
     wire = Wire(axis, transport_for(axis), shelf)
     rules = replace(rules_of(config, batch, precision, axis), placement=placement_of(config, shelf))
-    plan = ShardingPlan(rules, wire, _budget(config, wire), cuts_of(optimizer) if optimizer else {})
+    share = HostShare(config.zero_optimization.offload_optimizer.ratio)
+    plan = ShardingPlan(rules, wire, _budget(config, wire), cuts_of(optimizer) if optimizer else {}, share)
     layers = shard_model(request.model, sharded, plan, _live_budget(config, wire))
     ids |= {id(param) for group in layers.frozen for param in group.params}
     rest = [(name, param) for name, param in named if id(param) not in ids]

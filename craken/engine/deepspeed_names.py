@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor
 
+from craken.disk import Traffic
 from craken.engine import checkpointing
 from craken.engine.engine import Engine
-from craken.zero import Keep
+from craken.log import warn_once
+from craken.zero import Keep, bytes_by_place
+from craken.zero.parking import KINDS, states_of_kinds
 
 
 class DeepSpeedEngine(Engine):
@@ -162,3 +166,46 @@ class DeepSpeedEngine(Engine):
             progress=not load_module_only,
         )
         return checkpointing.load(self, load_dir, tag, what)
+
+    # --- where memory goes --------------------------------------------------------------------------------------------
+
+    def memory_ledger(self) -> dict[str, int]:
+        """Return the bytes this rank holds of weights, masters, optimizer states and gradients.
+
+        By where they are: "device", "host" (not counted apart where it is the device's memory) and "nvme" (files).
+        """
+        return dict(bytes_by_place(self.groups, self.parts.layers.frozen, self.parts.binding))
+
+    def swap_statistics(self) -> list[Traffic]:
+        """Return what has moved between memory and each disk so far, bytes and seconds."""
+        return self.parts.shelf.traffic()
+
+    # --- device memory, given up for a while --------------------------------------------------------------------------
+
+    def offload_states(
+        self,
+        include: Iterable[Any] | None = None,
+        device: str = "cpu",
+        pin_memory: bool = True,
+        non_blocking: bool = False,
+    ) -> None:
+        """Move states from the device to the host until `reload_states`; in between, neither forward nor step runs.
+
+        include: of "optim_states", "hp_params" (masters), "lp_params" (weights), "lp_grads", or their enum; default
+        all. Returns when the device's memory is free, whatever `non_blocking` says: torch keeps it for other tensors.
+        """
+        if str(device) != "cpu":
+            raise ValueError(f"offload_states(device=...): expected 'cpu', got {str(device)!r}")
+        asked = [str(getattr(kind, "value", kind)) for kind in (KINDS if include is None else include)]
+        unknown = sorted(set(asked) - set(KINDS) - {"contiguous_grad_buffer"})
+        if unknown:
+            raise ValueError(f"offload_states(include=...): expected some of {', '.join(KINDS)}, got {unknown}")
+        if self.parts.shelf.link.host_is_device:
+            warn_once("offload_states(): host and device are one memory here, nothing moves")
+            return
+        tensors = states_of_kinds(self.groups, self.parts.layers.frozen, self.parts.binding, asked)
+        self.parking.take(tensors, pins=pin_memory)
+
+    def reload_states(self, non_blocking: bool = False) -> None:
+        """Bring back to the device what `offload_states` moved away."""
+        self.parking.bring_back()

@@ -20,7 +20,6 @@ import torch
 from torch import Tensor, nn
 
 from craken.comm import phase, transport_for
-from craken.disk import Traffic
 from craken.engine.accumulation import Accumulation
 from craken.engine.build import Parts
 from craken.engine.memory import return_freed_memory
@@ -37,7 +36,6 @@ from craken.zero import (
     ShardedOptimizer,
     ShardedStep,
     StepResult,
-    bytes_by_place,
     is_in_backward,
     register,
     register_whole,
@@ -47,6 +45,7 @@ from craken.zero import (
     watch_reads,
     watch_units,
 )
+from craken.zero.parking import Parking
 
 TRIM_EVERY = 4  # steps, where weights come and go
 
@@ -86,6 +85,7 @@ class Engine(nn.Module):
         self.global_steps = self.skipped_steps = 0
         self._record = _Record()
         self._syncs = True
+        self.parking = Parking(parts.shelf.link)
         self._timers = PhaseTimers(is_on=parts.config.wall_clock_breakdown)
         self._progress = Progress(parts.config.steps_per_print, parts.monitor, self._timers)
         self._reducer = GradientReducer(parts.groups, should_reduce=self._reduces_now)
@@ -132,6 +132,7 @@ class Engine(nn.Module):
 
     def forward(self, *inputs: Any, **kwargs: Any) -> Any:
         """Run the user's module; returns what it returns."""
+        self.parking.check_empty("forward")
         if not is_in_backward():
             self._reducer.abandon_backward()  # a backward that raised never said that it ended
         if self.parts.config.fp16.auto_cast and self.parts.precision.compute is not None:
@@ -233,6 +234,7 @@ class Engine(nn.Module):
             )
         if not self._syncs:
             raise RuntimeError("step() inside of no_sync(): leave the block first")
+        self.parking.check_empty("step()")
         self._reducer.abandon_backward()
         if self._reducer.num_backwards == self._record.num_backwards:
             raise RuntimeError(
@@ -319,17 +321,6 @@ class Engine(nn.Module):
     def _weights_were_loaded(self) -> None:
         for group in (*self.groups, *self.parts.layers.frozen):
             group.take_from_params()
-
-    def memory_ledger(self) -> dict[str, int]:
-        """Return the bytes this rank holds of weights, masters, optimizer states and gradients.
-
-        By where they are: "device", "host" (not counted apart where it is the device's memory) and "nvme" (files).
-        """
-        return dict(bytes_by_place(self.groups, self.parts.layers.frozen, self.parts.binding))
-
-    def swap_statistics(self) -> list[Traffic]:
-        """Return what has moved between memory and each disk so far, bytes and seconds."""
-        return self.parts.shelf.traffic()
 
     def renew_weights(self) -> None:
         """Collective: drop whole copies of weights whose shards have changed."""

@@ -22,7 +22,7 @@ from craken.zero.lifecycle import Lifecycle, Removable
 from craken.zero.link import Link
 from craken.zero.on_device import OnDevice
 from craken.zero.optimizer import ShardedStep, Stepping, StepResult
-from craken.zero.placement import Place, Placement
+from craken.zero.placement import HostShare, Place, Placement
 from craken.zero.policy import Keep, Policy, policy_for_stage
 from craken.zero.reducer import GradientReducer
 from craken.zero.residence import Residence
@@ -43,6 +43,7 @@ __all__ = [
     "GatheredParameters",
     "GradientReducer",
     "GroupRules",
+    "HostShare",
     "Init",
     "Keep",
     "Kind",

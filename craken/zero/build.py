@@ -13,6 +13,7 @@ from craken.zero.access import take_out
 from craken.zero.group import ShardGroup
 from craken.zero.grouping import Budget, ParamFacts, plan_groups
 from craken.zero.layout import Cut
+from craken.zero.placement import HostShare, Place
 from craken.zero.policy import policy_for_stage
 from craken.zero.rules import GroupRules, Wire
 from craken.zero.units import Unit, plan_units, whole_numel
@@ -22,12 +23,15 @@ Named = tuple[str, nn.Parameter]
 
 @dataclass(frozen=True)
 class ShardingPlan:
-    """How groups are made: their rules, what they talk through, their size, and by id how parameters may be cut."""
+    """How groups are made: their rules, what they talk through, their size, by id how parameters may be cut, and the
+    share of them whose states rest where the placement says.
+    """
 
     rules: GroupRules
     wire: Wire
     budget: Budget
     cuts: Mapping[int, Cut]
+    share: HostShare
 
 
 @dataclass(frozen=True)
@@ -84,6 +88,9 @@ def build_groups(named_params: Sequence[Named], plan: ShardingPlan) -> list[Shar
     for indices in plan_groups(facts, world_size=plan.wire.axis.size, budget=plan.budget):
         first = indices[0]
         rules = dataclasses.replace(plan.rules, cut=facts[first].cut)
+        if rules.trains and not plan.share.leaves(sum(facts[index].numel for index in indices)):
+            placement = dataclasses.replace(rules.placement, states=Place.DEVICE)
+            rules = dataclasses.replace(rules, placement=placement)
         members = [named_params[index] for index in indices]
         take_out([param for _, param in members])
         names, params = [name for name, _ in members], [param for _, param in members]

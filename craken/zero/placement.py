@@ -9,7 +9,6 @@ resting on the host is resting on the device: nothing is copied.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 
@@ -42,15 +41,19 @@ class Placement:
 ON_DEVICE = Placement()
 
 
-def share_of_host(numels: Sequence[int], ratio: float) -> list[bool]:
-    """Say for each group of `numels` elements whether its states leave the device, so that about `ratio` of all do.
+class HostShare:
+    """Deals groups out between the device and where states rest, so that about `ratio` of all elements leave it.
 
-    The groups that stay are spread evenly: their updates run on the device while the host updates others.
+    (Twin-Flow.) Those that stay are spread evenly: the device updates them while the host updates others.
     """
-    seen = leaving = 0
-    leaves = []
-    for numel in numels:
-        seen += numel
-        leaves.append(leaving + numel / 2 <= ratio * seen)
-        leaving += numel if leaves[-1] else 0
-    return leaves
+
+    def __init__(self, ratio: float) -> None:
+        self._ratio = ratio
+        self._seen = self._gone = 0
+
+    def leaves(self, numel: int) -> bool:
+        """Say whether the states of the next group, of so many elements, leave the device."""
+        self._seen += numel
+        leaves = self._gone + numel / 2 <= self._ratio * self._seen
+        self._gone += numel if leaves else 0
+        return leaves

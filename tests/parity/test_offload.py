@@ -133,3 +133,73 @@ def test_every_byte_is_where_it_belongs(run_ranks, tmp_path: Path, stage, states
     if states != "none":
         expected["host"] += itemsize * shard  # gradients come and go in memory that stays
     assert run_ranks(held, 2, stage, states, weights, dtype, str(tmp_path)) == [expected] * 2
+
+
+def leave_and_return(stage: int) -> None:
+    """Steps before and after `offload_states` are those of an engine that stayed."""
+    import craken
+    from craken.engine import offload
+    from craken.zero import Link
+
+    case = Case("bf16", 2, clip=0.5)
+    results = []
+    for leaves in (False, True):
+        model = tiny_gpt(case.traits)
+        with mock.patch.object(offload, "Link", functools.partial(Link, host_is_device=False)):
+            engine, *_ = craken.initialize(model=model, config=case.config(stage))
+        for step in range(3):
+            if leaves and step:
+                before = engine.memory_ledger()["device"]
+                engine.offload_states(include=["optim_states", "hp_params", "lp_params"])
+                held = [
+                    param.untyped_storage().nbytes() for group in engine.groups for param in (group.master, group.kept)
+                ]
+                assert before > 0
+                assert sum(held) == 0
+                with pytest.raises(RuntimeError, match="call reload_states"):
+                    engine(batch(step, 0, dist.get_rank()))
+                engine.reload_states()
+            engine.backward(engine(batch(step, 0, dist.get_rank())))
+            engine.step()
+        results.append(weights_of(model))
+        engine.destroy()
+    for name, weight in results[0].items():
+        assert torch.equal(weight, results[1][name]), name
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_states_leave_the_device_and_return(run_ranks, stage) -> None:
+    run_ranks(leave_and_return, 2, stage)
+
+
+def split_between_host_and_device(ratio: float) -> tuple[dict[str, int], list[bool]]:
+    import craken
+    from craken.engine import offload
+    from craken.zero import Link, Place
+
+    model = nn.Sequential(*(nn.Linear(64, 64, bias=False) for _ in range(8)))
+    zero = {"stage": 3, "reduce_bucket_size": 4096, "stage3_param_persistence_threshold": 0}
+    zero |= {"offload_optimizer": {"device": "cpu", "ratio": ratio}}
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-3}},
+        "zero_optimization": zero,
+        "bf16": {"enabled": True},
+    }
+    with mock.patch.object(offload, "Link", functools.partial(Link, host_is_device=False)):
+        engine, *_ = craken.initialize(model=model, config=config)
+    engine.backward(engine(torch.ones(1, 64, dtype=torch.bfloat16)).float().square().mean())
+    engine.step()
+    places = [group.rules.placement.states is Place.HOST for group in engine.groups]
+    ledger = engine.memory_ledger()
+    engine.destroy()
+    return ledger, places
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.25, 0.5, 1.0])
+def test_ratio_keeps_a_part_of_the_states_on_the_device(run_ranks, ratio) -> None:
+    shard = NUMEL // 2
+    for ledger, places in run_ranks(split_between_host_and_device, 2, ratio):
+        assert sum(places) == ratio * len(places)
+        assert ledger["host"] == ratio * (12 + 2) * shard  # states, and gradients on their way
+        assert ledger["device"] == 2 * shard + (1 - ratio) * 12 * shard
