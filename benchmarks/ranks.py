@@ -8,6 +8,7 @@ import os
 import socket
 import subprocess
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +19,22 @@ def is_rank() -> bool:
     return "RANK" in os.environ
 
 
-def run_on_ranks(command: list[str], num_ranks: int, *, timeout_s: float = 900.0) -> list[dict[str, Any]]:
+def run_on_ranks(
+    command: list[str], num_ranks: int, *, timeout_s: float = 900.0, variables: Mapping[str, object] | None = None
+) -> list[dict[str, Any]]:
     """Run `command` on every rank and return the JSON object that each printed last, in rank order.
 
-    Raises RuntimeError with the end of the first failing rank's stderr.
+    Ranks are given one thread each, and the CPU, unless `variables` of the environment say otherwise. Raises
+    RuntimeError with the end of the first failing rank's stderr.
     """
     with tempfile.TemporaryDirectory() as folder:
         port = _free_port()
         outputs = [open(Path(folder) / f"{rank}.out", "w+") for rank in range(num_ranks)]  # noqa: SIM115
         errors = [open(Path(folder) / f"{rank}.err", "w+") for rank in range(num_ranks)]  # noqa: SIM115
         processes = [
-            subprocess.Popen(command, env=_environment(command[0], rank, num_ranks, port), stdout=out, stderr=err)
+            subprocess.Popen(
+                command, env=_environment(command[0], rank, num_ranks, port, variables or {}), stdout=out, stderr=err
+            )
             for rank, (out, err) in enumerate(zip(outputs, errors, strict=True))
         ]
         try:
@@ -58,7 +64,7 @@ def _last_object(path: Path) -> dict[str, Any]:
     return found
 
 
-def _environment(python: str, rank: int, num_ranks: int, port: int) -> dict[str, str]:
+def _environment(python: str, rank: int, num_ranks: int, port: int, variables: Mapping[str, object]) -> dict[str, str]:
     # compiled extensions (the original's) belong to one Python: a folder for each, kept between runs
     folder = Path(tempfile.gettempdir()) / f"bench-extensions-{hashlib.sha1(python.encode()).hexdigest()[:8]}"
     launched = {
@@ -74,6 +80,7 @@ def _environment(python: str, rank: int, num_ranks: int, port: int) -> dict[str,
         "DS_ACCELERATOR": "cpu",
         "PYTHONWARNINGS": "ignore",
         "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
+        **variables,
     }
     return {"TORCH_EXTENSIONS_DIR": str(folder), **os.environ, **{name: str(value) for name, value in launched.items()}}
 

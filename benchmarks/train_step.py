@@ -3,7 +3,8 @@
     python benchmarks/train_step.py craken:2 --dtype bf16 --ranks 2 --accumulation 1
 
 IMPLEMENTATION is `craken:STAGE`, `original:STAGE` (whatever `deepspeed` this Python imports), `ddp`, `fsdp2:2` (weights
-kept after forward), `fsdp2:3` (freed), or `alone` (no communication: every rank trains by itself). Prints one line of
+kept after forward), `fsdp2:3` (freed), or `alone` (no communication: every rank trains by itself). `craken:3:cpu/nvme`
+and the like offload: optimizer states to the first, parameters to the second, files to `--folder`. Prints one line of
 JSON: times of the slowest rank, memory of the largest one. compare.py runs several in turn.
 """
 
@@ -14,6 +15,7 @@ import json
 import os
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -37,6 +39,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--warmup", type=int, default=3)
     parser.add_argument("--clip", type=float, default=1.0)
+    parser.add_argument("--folder", default=tempfile.gettempdir(), help="for files of offload to nvme")
     for name, value in (("hidden", 512), ("layers", 8), ("vocab", 8192), ("length", 128)):
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
@@ -76,7 +79,7 @@ def prepare(options: argparse.Namespace) -> Step:
 
     from benchmarks import gpt
 
-    name, _, stage = options.implementation.partition(":")
+    name, _, sharding = options.implementation.partition(":")
     size = gpt.Size(options.hidden, options.layers, options.vocab, options.length)
     rank, seen = int(os.environ["RANK"]), 0
 
@@ -86,38 +89,55 @@ def prepare(options: argparse.Namespace) -> Step:
         return gpt.tokens(size, options.micro_batch, seen, rank)
 
     if name in ("craken", "original"):
-        return _deepspeed_like(name, int(stage), gpt.build(size), batch, options)
+        return _deepspeed_like(name, sharding, gpt.build(size), batch, options)
     if name not in ("ddp", "fsdp2", "alone"):
         raise ValueError(f"unknown implementation {options.implementation!r}; see --help")
     dist.init_process_group("gloo")
     return _plain_torch(options.implementation, gpt.build(size), batch, options)
 
 
-def _deepspeed_like(name: str, stage: int, model: Any, batch: Callable[[], Any], options: argparse.Namespace) -> Step:
-    if name == "craken":
-        import craken as library
-    else:
-        import deepspeed as library
-    config = {
+def config_of(sharding: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Return the JSON config for `STAGE` or `STAGE:OPTIMIZER[/PARAM]`, the latter two devices to offload to."""
+    stage, _, offload = sharding.partition(":")
+    zero: dict[str, Any] = {"stage": int(stage)}
+    for key, device in zip(("offload_optimizer", "offload_param"), filter(None, offload.split("/")), strict=False):
+        zero[key] = {"device": device, "nvme_path": options.folder, "pin_memory": True}
+    return {
         "train_micro_batch_size_per_gpu": options.micro_batch,
         "gradient_accumulation_steps": options.accumulation,
         "steps_per_print": 10**9,
         "optimizer": {"type": "AdamW", "params": {"lr": LEARNING_RATE, "weight_decay": DECAY}},
         "gradient_clipping": options.clip,
-        "zero_optimization": {"stage": stage},
+        "zero_optimization": zero,
         "bf16": {"enabled": options.dtype == "bf16"},
     }
+
+
+def _deepspeed_like(
+    name: str, sharding: str, model: Any, batch: Callable[[], Any], options: argparse.Namespace
+) -> Step:
+    if name == "craken":
+        import craken as library
+    else:
+        import deepspeed as library
     library.init_distributed(dist_backend="gloo")
-    engine, *_ = library.initialize(model=model, model_parameters=model.parameters(), config=config)
+    engine, *_ = library.initialize(
+        model=model, model_parameters=model.parameters(), config=config_of(sharding, options)
+    )
+    return step_of(engine, batch, options.accumulation)
+
+
+def step_of(engine: Any, batch: Callable[[], Any], accumulation: int) -> Step:
+    """Return what takes one whole step of an engine and returns its mean loss on this rank."""
 
     def step() -> float:
         total = 0.0
-        for _ in range(options.accumulation):
+        for _ in range(accumulation):
             loss = engine(batch())
             engine.backward(loss)
             engine.step()
             total += loss.item()
-        return total / options.accumulation
+        return total / accumulation
 
     return step
 
