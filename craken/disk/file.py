@@ -26,7 +26,7 @@ class SwapFile:
         """Start to fill `into` with the bytes from `offset` on; it is the disk's until the ticket has been waited for.
 
         `into` is contiguous and on the host. Pages move without a copy where tensor and `offset` are aligned alike
-        (`Buffers` are), the rest through an aligned block.
+        (`pages` are), the rest through an aligned block.
         """
         return self._request("read", into, offset, self._mover.read)
 

@@ -20,9 +20,9 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from craken.disk.buffers import pages
 from craken.disk.file import SwapFile
 from craken.disk.folder import check_folder, check_room, create_file
+from craken.disk.memory import pages
 from craken.disk.mover import Mover, Ticket
 from craken.disk.settings import IoSettings, round_up
 from craken.disk.transfer import OpenFile
