@@ -1,10 +1,20 @@
 """Moves flat host tensors to and from files, past the page cache, while the program goes on."""
 
 from craken.disk.file import SwapFile
+from craken.disk.folder import takes_direct_io
 from craken.disk.memory import pages
 from craken.disk.mover import Ticket
-from craken.disk.settings import ALIGNMENT_BYTES, IoSettings, round_up
+from craken.disk.settings import IoSettings, round_up
 from craken.disk.swap import Swap
 from craken.disk.traffic import Traffic
 
-__all__ = ["ALIGNMENT_BYTES", "IoSettings", "Swap", "SwapFile", "Ticket", "Traffic", "pages", "round_up"]
+__all__ = [
+    "IoSettings",
+    "Swap",
+    "SwapFile",
+    "Ticket",
+    "Traffic",
+    "pages",
+    "round_up",
+    "takes_direct_io",
+]

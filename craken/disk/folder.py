@@ -27,11 +27,11 @@ def check_folder(folder: Path) -> bool:
 
     OSError says what is wrong with it.
     """
-    if not hasattr(os, "posix_fallocate") or not hasattr(os, "O_DIRECT"):
+    if not hasattr(os, "posix_fallocate"):
         raise NotImplementedError("offload to a disk needs Linux; offload to the host (device 'cpu') works everywhere")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        is_direct = _takes_direct(folder)
+        is_direct = takes_direct_io(folder)
     except OSError as error:
         reason = "it is a file" if isinstance(error, FileExistsError) else error.strerror
         raise OSError(
@@ -73,6 +73,19 @@ def create_file(folder: Path, name: str, num_bytes: int, *, is_direct: bool) -> 
     return file
 
 
+def takes_direct_io(folder: Path) -> bool:
+    """Write and read a block in `folder`, past the page cache if that is possible, and return whether it was."""
+    if hasattr(os, "O_DIRECT"):
+        try:
+            _try_block(open_unnamed(folder, is_direct=True))
+            return True
+        except OSError as error:
+            if error.errno not in _REFUSALS:
+                raise
+    _try_block(open_unnamed(folder, is_direct=False))
+    return False
+
+
 def allow_many_files() -> None:
     """Raise this process's soft limit on open files, within the hard one.
 
@@ -96,17 +109,6 @@ def open_unnamed(folder: Path, *, is_direct: bool) -> OpenFile:
         os.close(first)
         os.unlink(path)
     return OpenFile(fd, is_direct=is_direct)
-
-
-def _takes_direct(folder: Path) -> bool:
-    try:
-        _try_block(open_unnamed(folder, is_direct=True))
-    except OSError as error:
-        if error.errno not in _REFUSALS:
-            raise
-        _try_block(open_unnamed(folder, is_direct=False))
-        return False
-    return True
 
 
 def _try_block(file: OpenFile) -> None:

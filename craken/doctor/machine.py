@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import mmap
 import os
 import sys
-import tempfile
 import time
-from contextlib import closing
 from pathlib import Path
 
 import torch
 
 from craken.comm import Accelerator, get_accelerator
+from craken.disk import takes_direct_io
 from craken.doctor.finding import Finding
 from craken.launch import launch_local
 
 _GIB = 1 << 30
-_BLOCK_BYTES = 4096
 _PROBE = "craken.doctor.probe"
 _BF16_FLAGS = ("amx_bf16", "avx512_bf16", "bf16")  # the last is ARM's
 _FP16_FLAGS = ("amx_fp16", "avx512_fp16", "asimdhp")
@@ -68,14 +65,13 @@ def check_rendezvous() -> Finding:
 def check_direct_io(folder: Path) -> Finding:
     """Write and read one block past the page cache in `folder`, as NVMe offload does."""
     name = "direct I/O"
-    if not hasattr(os, "O_DIRECT"):
-        return Finding(name, False, "this system has no O_DIRECT; offload to files goes through the page cache")
     try:
-        with tempfile.NamedTemporaryFile(dir=folder, prefix=".craken_probe_") as file:
-            _copy_block(file.name)
+        if takes_direct_io(folder):
+            return Finding(name, True, f"works in {folder}")
+        reason = "refused, offload to files goes through the page cache"
     except OSError as error:
-        return Finding(name, False, f"{folder}: {error.strerror}; put nvme_path on a local file system such as ext4")
-    return Finding(name, True, f"works in {folder}")
+        reason = str(error.strerror)
+    return Finding(name, False, f"{folder}: {reason}; put nvme_path on a local file system such as ext4")
 
 
 def cpu_flags(path: Path) -> set[str]:
@@ -103,13 +99,3 @@ def _device_precision(name: str, is_native: bool, accelerator: Accelerator) -> F
 
 def _cpu_capability() -> str:
     return f"torch uses {torch.backends.cpu.get_cpu_capability()}"
-
-
-def _copy_block(path: str) -> None:
-    file = os.open(path, os.O_RDWR | os.O_DIRECT)
-    try:
-        with closing(mmap.mmap(-1, _BLOCK_BYTES)) as block:
-            os.pwrite(file, block, 0)
-            os.preadv(file, [block], 0)
-    finally:
-        os.close(file)

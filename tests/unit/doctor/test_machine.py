@@ -34,5 +34,12 @@ def test_direct_io_leaves_no_file(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_refused_direct_io_says_what_happens_instead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("craken.doctor.machine.takes_direct_io", lambda folder: False)
+    finding = check_direct_io(tmp_path)
+    assert not finding.is_ok
+    assert "through the page cache" in finding.detail
+
+
 def test_devices_and_nccl_always_have_a_reason() -> None:
     assert all(finding.detail for finding in [*check_devices(), check_nccl()])
