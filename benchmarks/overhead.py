@@ -1,6 +1,6 @@
 """The engine's own time per step: how it grows with tensors, shard groups, parameters and ranks.
 
-    python benchmarks/overhead.py [--stages 0 1 2] [--ranks 1 2] [--dtype fp32]
+    python benchmarks/overhead.py [--stages 0 1 2] [--ranks 1 2 4] [--dtype fp32]
 
 Overhead is the step through the engine less the same step written by hand: forward, backward and fused AdamW on the
 same tensors, and the same messages (sizes, order, number in flight) sent by plain calls of the backend. Tensors are
@@ -10,9 +10,10 @@ tiny in the first two tables, so neither compute nor bytes hide it:
     groups       1,000 tensors in more and more shard groups                 -> us a group (slope)
     parameters   100 tensors of growing size: what is left here is bytes, norms and masters, in ns a parameter
 
-The budget is 25 us a tensor plus 200 us a group a step, in CPU time of the thread that trains: neither the backend's
-threads nor what else the machine does count. Clock times stand beside it. Exits 1 when a row is over the budget on any
-rank.
+Both are taken in turn, a few steps each, so that a busy minute of the machine falls on both. The budget is 25 us a
+tensor plus 200 us a group a step, in CPU time of the thread that trains: neither the backend's threads nor what else the
+machine does count, but for what that does to the caches. Clock times stand beside it. Exits 1 when a row is over the
+budget on any rank.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,7 +35,9 @@ US_A_TENSOR, US_A_GROUP = 25.0, 200.0
 TENSORS = (10, 100, 1000, 5000)
 GROUPED_TENSORS, BUCKETS = 1000, (8000, 1000, 250, 80)  # of 8 elements each; bucket sizes in elements
 SIZED_TENSORS, SIZES = 100, (1_000, 10_000, 100_000)
-WARMUP, STEPS = 3, 15
+WARMUP, STEPS_A_ROUND = 3, 5
+FEWEST_ROUNDS, MOST_ROUNDS = 3, 40
+TENSORS_A_RUN = 6000  # tiny points get more rounds, until so many tensors were stepped
 
 
 class Point(NamedTuple):
@@ -80,17 +83,30 @@ class Cost(NamedTuple):
 
 
 def timed(step: Callable[[], None]) -> Cost:
-    """Return the median cost of a step."""
+    """Return the cost of a step that all ranks begin together."""
     import torch.distributed as dist
 
-    walls, cpus = [], []
-    for _ in range(WARMUP + STEPS):
-        dist.barrier()
-        wall, cpu = time.perf_counter(), time.thread_time()
-        step()
-        walls.append(time.perf_counter() - wall)
-        cpus.append(time.thread_time() - cpu)
-    return Cost(1e6 * statistics.median(walls[WARMUP:]), 1e6 * statistics.median(cpus[WARMUP:]))
+    dist.barrier()
+    wall, cpu = time.perf_counter(), time.thread_time()
+    step()
+    return Cost(1e6 * (time.perf_counter() - wall), 1e6 * (time.thread_time() - cpu))
+
+
+def medians(costs: Iterable[Cost]) -> Cost:
+    walls, cpus = zip(*costs, strict=True)
+    return Cost(statistics.median(walls), statistics.median(cpus))
+
+
+def in_turn(steps: Sequence[Callable[[], None]], num_rounds: int) -> list[Cost]:
+    """Return the median cost of each step, taken a few at a time in turn."""
+    costs: list[list[Cost]] = [[] for _ in steps]
+    for step in steps:
+        for _ in range(WARMUP):
+            timed(step)
+    for _ in range(num_rounds):
+        for step, found in zip(steps, costs, strict=True):
+            found += [timed(step) for _ in range(STEPS_A_ROUND)]
+    return [medians(found) for found in costs]
 
 
 class Messages:
@@ -103,9 +119,9 @@ class Messages:
         self._peers = [rank for rank in range(self._group.size()) if rank != self._group.rank()]
         self._tag = 0
         summed = next((at for at, event in enumerate(events) if event.op == "all_reduce"), len(events))
-        self._before, self._vote, self._after = (
-            [self._memory(event) for event in part]
-            for part in (events[:summed], events[summed : summed + 1], events[summed + 1 :])
+        self._before = [(event.op, self._memory(event)) for event in events[:summed]]
+        self._vote, self._after = (
+            [self._memory(event) for event in part] for part in (events[summed : summed + 1], events[summed + 1 :])
         )
 
     def _memory(self, event: Any) -> Any:
@@ -115,13 +131,14 @@ class Messages:
         return torch.empty(2, len(self._peers), event.sent_numel // len(self._peers), dtype=event.dtype)
 
     def before_update(self) -> None:
-        """Send what carries gradients, two collectives in flight, and the vote."""
+        """Send what carries gradients, two sums in flight, gathers of sums as these are done; then the vote."""
         in_flight: list[list[Any]] = []
-        for memory in self._before:
-            in_flight.append(self._start(memory))
-            if len(in_flight) == 2:
+        gathers: list[list[Any]] = []
+        for op, memory in self._before:
+            if in_flight and (op == "all_gather" or len(in_flight) == 2):
                 self._wait(in_flight.pop(0))
-        for works in in_flight:
+            (gathers if op == "all_gather" else in_flight).append(self._start(memory))
+        for works in (*in_flight, *gathers):
             self._wait(works)
         for memory in self._vote:
             self._wait(self._start(memory))
@@ -143,8 +160,8 @@ class Messages:
             work.wait()
 
 
-def by_hand(point: Point, dtype: Any, events: list[Any]) -> Cost:
-    """Return the cost of the step without the engine; `events` are the messages it sends."""
+def by_hand(point: Point, dtype: Any, events: list[Any]) -> Callable[[], None]:
+    """Return the step without the engine; `events` are the messages it sends."""
     import torch
 
     model = build(point, dtype)
@@ -158,15 +175,13 @@ def by_hand(point: Point, dtype: Any, events: list[Any]) -> Cost:
         messages.after_update()
         optimizer.zero_grad()
 
-    return timed(step)
+    return step
 
 
-def with_engine(point: Point, dtype: Any, stage: int) -> tuple[Cost, list[Any], int]:
-    """Return the step's cost, its messages, and the number of shard groups."""
+def engine_for(point: Point, dtype: Any, stage: int) -> Any:
     import torch
 
     import craken
-    from craken.comm import event_log
 
     config = {
         "train_micro_batch_size_per_gpu": 1,
@@ -182,21 +197,32 @@ def with_engine(point: Point, dtype: Any, stage: int) -> tuple[Cost, list[Any], 
     }
     model = build(point, torch.float32)
     engine, *_ = craken.initialize(model=model, model_parameters=model.parameters(), config=config)
+    return engine
+
+
+def measure_point(point: Point, dtype: Any, stage: int) -> list[float]:
+    """Return one rank's row: tensors, parameters, groups, by hand wall and CPU, engine wall and CPU."""
+    from craken.comm import event_log
+
+    engine = engine_for(point, dtype, stage)
 
     def step() -> None:
         engine.backward(engine())
         engine.step()
 
-    cost = timed(step)
+    for _ in range(WARMUP):  # the first step settles the order of groups
+        step()
     with event_log() as events:
         step()
+    num_rounds = min(max(TENSORS_A_RUN // (point.num_tensors * STEPS_A_ROUND), FEWEST_ROUNDS), MOST_ROUNDS)
+    hand, own = in_turn([by_hand(point, dtype, events), step], num_rounds)
     num_groups = len(engine.groups)
     engine.destroy()
-    return cost, events, num_groups
+    return [point.num_tensors, point.num_parameters, num_groups, *hand, *own]
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """Measure one rank's share of every point: table -> [tensors, parameters, groups, by hand, engine wall and CPU]."""
+    """Measure one rank's share of every point: table -> rows."""
     import torch
 
     from craken import comm
@@ -204,13 +230,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     torch.set_num_threads(1)
     comm.init_distributed(dist_backend="gloo")
     dtype = torch.bfloat16 if options.dtype == "bf16" else torch.float32
-    rows: dict[str, Any] = {}
-    for table, points in POINTS.items():
-        rows[table] = []
-        for point in points:
-            cost, events, num_groups = with_engine(point, dtype, options.stage)
-            hand = by_hand(point, dtype, events)
-            rows[table].append([point.num_tensors, point.num_parameters, num_groups, *hand, *cost])
+    rows = {table: [measure_point(point, dtype, options.stage) for point in points] for table, points in POINTS.items()}
     comm.shutdown()
     return rows
 
