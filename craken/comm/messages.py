@@ -42,16 +42,16 @@ def sums(vector: Tensor, axis: MeshAxis) -> Tensor:
 def objects(obj: Any, axis: MeshAxis) -> list[Any]:
     """Collective over `axis`: return every rank's `obj`, in rank order, on all ranks."""
     mine = _pickled(obj)
-    lengths = {peer: torch.empty(1, dtype=torch.int64) for peer in _peers(axis)}
-    exchange(torch.tensor([mine.numel()]), lengths, axis, "the sizes of objects")
-    inbox = {peer: torch.empty(int(length), dtype=torch.uint8) for peer, length in lengths.items()}
+    lengths = {peer: torch.empty(1, dtype=torch.int64, device="cpu") for peer in _peers(axis)}
+    exchange(torch.tensor([mine.numel()], device="cpu"), lengths, axis, "the sizes of objects")
+    inbox = {peer: torch.empty(int(length), dtype=torch.uint8, device="cpu") for peer, length in lengths.items()}
     exchange(mine, inbox, axis, "objects")
     return [obj if rank == axis.rank else _unpickled(inbox[rank]) for rank in range(axis.size)]
 
 
 def meet(axis: MeshAxis) -> None:
     """Collective over `axis`: return once every rank has come here."""
-    token = torch.zeros(1, dtype=torch.uint8)
+    token = torch.zeros(1, dtype=torch.uint8, device="cpu")
     exchange(token, {peer: torch.empty_like(token) for peer in _peers(axis)}, axis, "a barrier")
 
 

@@ -67,6 +67,8 @@ class GatheredParameters:
 
     def __enter__(self) -> None:
         for _, place in self._asked:
+            if place.gatherers:
+                place.gatherers[0].give_way()
             place.gatherers.append(self)
         self._mine = [asked for asked in self._asked if asked.place.gatherers[0] is self]
         self._before = [
@@ -94,6 +96,9 @@ class GatheredParameters:
                 f"GatheredParameters: {overlaps} parameter(s) of this block are still used by another one that began "
                 "inside of it and has not ended; leave blocks in the opposite order, or gather each parameter once"
             )
+
+    def give_way(self) -> None:
+        """End, if that may be, because a block inside of this one asks for the same parameter; blocks of users stay."""
 
     def _release(self, mine: Sequence[_Asked]) -> int:
         """Let go of what this block gathered; returns how many of it others still count on."""

@@ -43,7 +43,7 @@ class Place:
     slot: int
     residence: Residence | None
     lifecycle: Lifecycle | None
-    gatherers: list[object] = field(default_factory=list)
+    gatherers: list[Any] = field(default_factory=list)
 
     def __reduce__(self) -> Any:
         return type(None), ()  # a pickled parameter is an ordinary one

@@ -5,9 +5,10 @@
     Block.__init__    builds its layers one after another, each as above
            returns    now the parameters of its own, if it has any
 
-At most one module is whole at a time. The Parameter objects stay, as empty placeholders: optimizers may be made from
-them, modules may share them. `GatheredParameters` brings them together before there is an engine; `initialize` lays
-them out anew. Tensor constructors are left alone. Clients know this module as `partition_parameters`.
+At most one module is whole at a time, besides what a constructor reaches into (lending.py). The Parameter objects stay,
+as empty placeholders: optimizers may be made from them, modules may share them. `GatheredParameters` brings them
+together before there is an engine; `initialize` lays them out anew. Tensor constructors are left alone. Clients know
+this module as `partition_parameters`.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ from torch import nn
 
 from craken.comm import axis_over, get_accelerator, init_distributed
 from craken.zero.access import GatheredParameters, register_external_parameter, unregister_external_parameter
+from craken.zero.attributes import place_of
 from craken.zero.build_settings import settings_from
+from craken.zero.lending import Lending
 from craken.zero.policy import Keep
 from craken.zero.sharder import Sharder
 from craken.zero.weights import ZeroParamStatus
@@ -91,28 +94,80 @@ class Init:
 
     def __enter__(self) -> Init:
         if self.enabled:
-            _open.append(None if _open else _watch(self._sharder()))
+            _open.append(None if _open else _Building(self._sharder()))
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, frames: TracebackType | None
     ) -> None:
-        if self.enabled and (watch := _open.pop()) is not None:
-            watch.stop()
+        if self.enabled and (building := _open.pop()) is not None:
+            building.stop(kind)
 
     def _sharder(self) -> Sharder:
-        with get_accelerator().device():  # messages are tensors too, whatever device the user builds on
-            init_distributed()
-            return Sharder(axis_over(self._group), self._settings)
+        init_distributed()
+        return Sharder(axis_over(self._group), self._settings)
 
 
-_open: list[ConstructionWatch | None] = []  # the blocks that are open; only the outermost, the first, has a watch
+class _Building:
+    """What the outermost `Init` has changed while it is open."""
+
+    def __init__(self, sharder: Sharder) -> None:
+        self._sharder = sharder
+        self.watch = ConstructionWatch(self._built)
+        self._lending = Lending(self.watch)
+        try:
+            self.watch.start()
+            self._replace_apply(nn.Module.apply)
+            self._replace_copy(nn.Parameter.__deepcopy__)
+        except BaseException:
+            self.watch.stop()
+            raise
+
+    def stop(self, kind: type[BaseException] | None) -> None:
+        self.watch.stop()
+        self._lending.stop(kind)
+
+    def _built(self, module: nn.Module) -> None:
+        self._lending.constructor_returned()
+        self._sharder.shard_module(module)
+        self._lending.watch(module)
+
+    def _replace_apply(self, original: Any) -> None:
+        def apply(module: nn.Module, fn: Callable[[nn.Module], None]) -> nn.Module:
+            if self.watch.is_paused:
+                original(module, fn)
+                return module
+            for child in module.children():
+                child.apply(fn)
+            with GatheredParameters(module.parameters(recurse=False), modifier_rank=0):
+                fn(module)
+            return module
+
+        self.watch.replace(nn.Module, "apply", apply)
+
+    def _replace_copy(self, original: Any) -> None:
+        """Make copies of shards shards, unless a block has gathered them (nn.TransformerEncoder copies a layer)."""
+
+        def copy(param: nn.Parameter, memo: dict[int, Any]) -> Any:
+            place = place_of(param)
+            is_users = place is None or (place.gatherers and not self._lending.has_lent(param))
+            if self.watch.is_paused or is_users or id(param) in memo:
+                return original(param, memo)
+            with GatheredParameters(param):
+                twin = original(param, memo)
+            self._sharder.shard_parameter("a copy", twin)
+            return twin
+
+        self.watch.replace(nn.Parameter, "__deepcopy__", copy)
+
+
+_open: list[_Building | None] = []  # the blocks that are open; only the outermost, the first, does anything
 
 
 @contextlib.contextmanager
 def paused() -> Iterator[None]:
     """Build modules inside as if no `Init` were open."""
-    watch = _open[0] if _open else None
+    watch = _open[0].watch if _open and _open[0] is not None else None
     was_paused = watch is None or watch.is_paused
     if watch is not None:
         watch.is_paused = True
@@ -121,36 +176,3 @@ def paused() -> Iterator[None]:
     finally:
         if watch is not None:
             watch.is_paused = was_paused
-
-
-def _watch(sharder: Sharder) -> ConstructionWatch:
-    watch = ConstructionWatch(sharder.shard_module)
-    apply: Any = nn.Module.apply
-    copy: Any = nn.Parameter.__deepcopy__
-
-    def apply_gathered(module: nn.Module, fn: Callable[[nn.Module], None]) -> nn.Module:
-        if watch.is_paused:
-            apply(module, fn)
-            return module
-        for child in module.children():
-            child.apply(fn)
-        with GatheredParameters(module.parameters(recurse=False), modifier_rank=0):
-            fn(module)
-        return module
-
-    def copy_sharded(param: nn.Parameter, memo: dict[int, Any]) -> Any:
-        if watch.is_paused or param.shape == getattr(param, "ds_shape", param.shape) or id(param) in memo:
-            return copy(param, memo)
-        with GatheredParameters(param):
-            twin = copy(param, memo)
-        sharder.shard_parameter("a copy", twin)
-        return twin
-
-    try:
-        watch.start()
-        watch.replace(nn.Module, "apply", apply_gathered)
-        watch.replace(nn.Parameter, "__deepcopy__", copy_sharded)  # nn.TransformerEncoder copies its first layer
-    except BaseException:
-        watch.stop()
-        raise
-    return watch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -130,17 +131,25 @@ class _WatchedParameters(dict[str, Any]):
         return dict, (dict(self),)
 
 
-class _Watching:
-    """Undoes the watching of a module's parameters."""
+class AttributeWatch:
+    """Undoes the watching of a module's parameters, unless another has begun since."""
 
-    def __init__(self, module: nn.Module) -> None:
-        self._module = module
+    def __init__(self, module: nn.Module, was_read: Callable[[Any], None]) -> None:
+        self._module, self._watched = weakref.ref(module), _WatchedParameters(module._parameters, was_read)
+        object.__setattr__(module, "_parameters", self._watched)
 
     def remove(self) -> None:
-        object.__setattr__(self._module, "_parameters", dict(self._module._parameters))
+        module = self._module()
+        if module is not None and module._parameters is self._watched:
+            object.__setattr__(module, "_parameters", dict(self._watched))
 
 
-def watch_reads(model: nn.Module, groups: Sequence[ShardGroup], lifecycle: Lifecycle) -> list[_Watching]:
+def watch_attributes(module: nn.Module, was_read: Callable[[Any], None]) -> AttributeWatch:
+    """Have `was_read` called with each parameter that is read as an attribute of `module`, before it is handed out."""
+    return AttributeWatch(module, was_read)
+
+
+def watch_reads(model: nn.Module, groups: Sequence[ShardGroup], lifecycle: Lifecycle) -> list[AttributeWatch]:
     """Have weights gathered that a forward reads outside of their owner (tied heads, fused losses, adapters)."""
     group_of = {id(param): group for group in groups for param in group.params}
 
@@ -149,9 +158,8 @@ def watch_reads(model: nn.Module, groups: Sequence[ShardGroup], lifecycle: Lifec
         if group is not None and lifecycle.is_running():
             lifecycle.read_in_forward(group)
 
-    watching = []
-    for module in model.modules():
-        if any(id(param) in group_of for param in module._parameters.values()):
-            object.__setattr__(module, "_parameters", _WatchedParameters(module._parameters, was_read))
-            watching.append(_Watching(module))
-    return watching
+    return [
+        watch_attributes(module, was_read)
+        for module in model.modules()
+        if any(id(param) in group_of for param in module._parameters.values())
+    ]

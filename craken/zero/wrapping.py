@@ -34,6 +34,11 @@ class ConstructionWatch:
         self._under_construction: set[int] = set()
         self.is_paused = False
 
+    @property
+    def depth(self) -> int:
+        """How many constructors run, one inside of the other."""
+        return len(self._under_construction)
+
     def start(self) -> None:
         for owner in _subclasses(nn.Module):
             self._watch(owner)

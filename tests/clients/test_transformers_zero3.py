@@ -1,0 +1,142 @@
+"""Hugging Face models under ZeRO-3: built from a configuration, and loaded, as shards."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from tests.parity.side_by_side import value
+
+pytest.importorskip("transformers", reason="needs transformers (the hf extra)")
+pytest.importorskip("deepspeed", reason="needs the drop-in")
+
+
+def tiny_llama() -> Any:
+    from transformers import LlamaConfig
+
+    return LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=32,
+    )
+
+
+def zero3_config() -> dict[str, Any]:
+    """What a user's file looks like before a trainer has filled it in."""
+    return {
+        "train_micro_batch_size_per_gpu": 2,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": "auto",
+        "steps_per_print": float("inf"),
+        "optimizer": {"type": "AdamW", "params": {"lr": "auto", "betas": "auto"}},
+        "zero_optimization": {
+            "stage": 3,
+            "reduce_bucket_size": "auto",
+            "stage3_prefetch_bucket_size": "auto",
+            "stage3_param_persistence_threshold": "auto",
+        },
+    }
+
+
+def logits_of(model: Any) -> torch.Tensor:
+    import craken
+
+    config = {"train_micro_batch_size_per_gpu": 2, "zero_optimization": {"stage": 3}}
+    config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    engine, *_ = craken.initialize(model=model, config=config)
+    with torch.no_grad():
+        logits = engine(input_ids=torch.arange(16).view(2, 8)).logits
+    assert all(param.shape == (0,) for param in model.parameters())
+    engine.destroy()
+    return logits
+
+
+def from_config() -> None:
+    import deepspeed
+    from transformers import LlamaForCausalLM
+    from transformers.integrations import HfDeepSpeedConfig
+
+    torch.manual_seed(7)
+    built_plainly = LlamaForCausalLM(tiny_llama())
+    torch.manual_seed(7 + dist.get_rank())
+    alive = HfDeepSpeedConfig(zero3_config())
+    with deepspeed.zero.Init(config_dict_or_path=zero3_config()):
+        by_hand = LlamaForCausalLM(tiny_llama())
+    for param, whole in zip(by_hand.parameters(), built_plainly.parameters(), strict=True):
+        assert torch.equal(value(param), whole)
+    by_client = LlamaForCausalLM._from_config(tiny_llama())
+    del alive
+    plain = LlamaForCausalLM(tiny_llama()).eval()
+    for model in (by_hand, by_client):
+        assert all(param.shape == (0,) for param in model.parameters())
+        assert model.model.rotary_emb.inv_freq.dtype is torch.float32
+        assert torch.equal(model.model.rotary_emb.inv_freq, plain.model.rotary_emb.inv_freq)
+        with deepspeed.zero.GatheredParameters(model.parameters()):
+            assert all(param.shape == param.ds_shape for param in model.parameters())
+            assert 0.01 < model.lm_head.weight.std() < 0.03, "expected the configuration's initializer_range, 0.02"
+            plain.load_state_dict(model.state_dict())
+        with torch.no_grad():
+            expected = plain(input_ids=torch.arange(16).view(2, 8)).logits
+        torch.testing.assert_close(logits_of(model.eval()), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_model_is_built_from_its_configuration(run_ranks) -> None:
+    run_ranks(from_config, 2)
+
+
+def save_tiny(folder: str, tied: bool) -> None:
+    from transformers import LlamaForCausalLM
+
+    torch.manual_seed(3)
+    config = tiny_llama()
+    config.tie_word_embeddings = tied
+    LlamaForCausalLM(config).save_pretrained(folder)
+
+
+def from_pretrained(folder: str, dtype: str) -> None:
+    from transformers import LlamaForCausalLM
+    from transformers.integrations import HfDeepSpeedConfig
+
+    config = zero3_config()
+    if dtype == "bfloat16":
+        config["bf16"] = {"enabled": True}
+    alive = HfDeepSpeedConfig(config)
+    model = LlamaForCausalLM.from_pretrained(folder, dtype=dtype)
+    del alive
+    plain = LlamaForCausalLM.from_pretrained(folder, dtype=dtype)
+    assert all(param.shape == (0,) for param in model.parameters())
+    assert {str(param.dtype) for param in model.parameters()} == {f"torch.{dtype}"}
+    assert model.model.rotary_emb.inv_freq.dtype is torch.float32
+    with torch.no_grad():
+        expected = plain(input_ids=torch.arange(16).view(2, 8)).logits
+    assert torch.equal(logits_of(model), expected)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_a_saved_model_is_loaded_as_shards(run_ranks, tmp_path: Path, tied, dtype) -> None:
+    run_ranks(save_tiny, 1, str(tmp_path), tied)
+    run_ranks(from_pretrained, 2, str(tmp_path), dtype)
+
+
+def resized() -> None:
+    from transformers import LlamaForCausalLM
+    from transformers.integrations import HfDeepSpeedConfig
+
+    alive = HfDeepSpeedConfig(zero3_config())
+    model = LlamaForCausalLM._from_config(tiny_llama())
+    model.resize_token_embeddings(80, mean_resizing=False)
+    del alive
+    assert logits_of(model.eval()).shape == (2, 8, 80)
+
+
+def test_embeddings_can_be_resized(run_ranks) -> None:
+    run_ranks(resized, 2)
