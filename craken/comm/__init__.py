@@ -2,7 +2,7 @@
 
 from craken.comm.accelerator import Accelerator, get_accelerator
 from craken.comm.events import Event, bytes_sent, event_log
-from craken.comm.mesh import MeshAxis, axis_over, world_axis
+from craken.comm.mesh import MeshAxis, axis_over, split_axis, world_axis
 from craken.comm.objects import (
     all_reduce_sum,
     barrier,
@@ -46,6 +46,7 @@ __all__ = [
     "move_to_axis_device",
     "phase",
     "shutdown",
+    "split_axis",
     "transport_for",
     "world_axis",
 ]

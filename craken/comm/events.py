@@ -11,13 +11,17 @@ import torch
 
 @dataclass(frozen=True)
 class Event:
-    """One collective, as this rank issued it. `numel` counts the full tensor, `sent_numel` what this rank sent."""
+    """One collective, as this rank issued it. `numel` counts the full tensor, `sent_numel` what this rank sent.
+
+    `axis` is the name of the mesh axis whose ranks took part.
+    """
 
     op: str
     label: str
     numel: int
     sent_numel: int
     dtype: torch.dtype
+    axis: str
 
     @property
     def bytes_sent(self) -> int:
@@ -33,11 +37,11 @@ class _Ledger:
 _ledger = _Ledger()
 
 
-def record(op: str, label: str, numel: int, sent_numel: int, dtype: torch.dtype) -> None:
+def record(op: str, label: str, numel: int, sent_numel: int, dtype: torch.dtype, axis: str) -> None:
     """Count one collective; called by every verb of this room when it is issued."""
     _ledger.bytes_sent += sent_numel * dtype.itemsize
     if _ledger.listeners:
-        event = Event(op, label, numel, sent_numel, dtype)
+        event = Event(op, label, numel, sent_numel, dtype, axis)
         for listener in _ledger.listeners:
             listener.append(event)
 

@@ -47,7 +47,8 @@ def barrier(axis: MeshAxis) -> None:
 def broadcast(tensor: Tensor, axis: MeshAxis, *, label: str, source: int = 0) -> None:
     """Collective over `axis`: overwrite `tensor` with that of the axis's rank `source`."""
     if axis.size > 1:
-        events.record("broadcast", label, tensor.numel(), tensor.numel() if axis.rank == source else 0, tensor.dtype)
+        sent = tensor.numel() if axis.rank == source else 0
+        events.record("broadcast", label, tensor.numel(), sent, tensor.dtype, axis.name)
         dist.broadcast(tensor, src=axis.global_rank(source), group=axis.group)
 
 
@@ -56,10 +57,10 @@ def all_reduce_sum(tensor: Tensor, axis: MeshAxis, *, label: str) -> Tensor:
     if axis.size == 1:
         return tensor
     if axis.backend == "gloo":
-        events.record("all_reduce", label, tensor.numel(), tensor.numel() * (axis.size - 1), tensor.dtype)
+        events.record("all_reduce", label, tensor.numel(), tensor.numel() * (axis.size - 1), tensor.dtype, axis.name)
         return messages.sums(tensor, axis)
     sent = 2 * tensor.numel() * (axis.size - 1) // axis.size
-    events.record("all_reduce", label, tensor.numel(), sent, tensor.dtype)
+    events.record("all_reduce", label, tensor.numel(), sent, tensor.dtype, axis.name)
     total = tensor.clone()
     dist.all_reduce(total, op=dist.ReduceOp.SUM, group=axis.group)
     return total

@@ -197,4 +197,4 @@ def _record(op: str, full: Tensor, axis: MeshAxis, label: str) -> None:
         raise ValueError(
             f"{op} of {label}: {full.numel()} elements do not divide by the {axis.size} ranks of {axis.name}"
         )
-    events.record(op, label, full.numel(), full.numel() // axis.size * (axis.size - 1), full.dtype)
+    events.record(op, label, full.numel(), full.numel() // axis.size * (axis.size - 1), full.dtype, axis.name)
