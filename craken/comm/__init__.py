@@ -11,8 +11,9 @@ from craken.comm.objects import (
     gather_objects,
     move_to_axis_device,
 )
+from craken.comm.quantised import QuantisedGather, QuantisedReduce
 from craken.comm.tracing import phase
-from craken.comm.transport import Pending, Transport, Waitable, transport_for
+from craken.comm.transport import Link, Pending, Transport, Waitable, link_over, transport_for
 from craken.comm.world import (
     get_local_rank,
     get_rank,
@@ -25,8 +26,11 @@ from craken.comm.world import (
 __all__ = [
     "Accelerator",
     "Event",
+    "Link",
     "MeshAxis",
     "Pending",
+    "QuantisedGather",
+    "QuantisedReduce",
     "Transport",
     "Waitable",
     "all_reduce_sum",
@@ -43,6 +47,7 @@ __all__ = [
     "get_world_size",
     "init_distributed",
     "is_initialized",
+    "link_over",
     "move_to_axis_device",
     "phase",
     "shutdown",

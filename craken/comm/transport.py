@@ -1,9 +1,10 @@
-"""How the two collectives of sharding are carried: point to point on gloo, the backend's own or an exchange on NCCL.
+"""How the collectives of sharding are carried: point to point on gloo, the backend's own or an exchange on NCCL.
 
-Both work on a *full* flat buffer of size x shard_numel elements in which rank r owns elements [r*S, (r+1)*S):
+All work on a *full* flat buffer of size x shard_numel elements in which rank r owns elements [r*S, (r+1)*S):
 
     reduce-scatter   every rank's full  ->  the owner's shard holds the sum      sent: (N-1)/N of the full buffer
     all-gather       every owner's slice -> every rank's full buffer             sent: (N-1)/N of the full buffer
+    all-to-all       every rank's slice r -> rank r, which keeps them apart      sent: (N-1)/N of the full buffer
 
 gloo's own versions cost three to five times a plain exchange of the same bytes, and its sums of bf16 accumulate in
 bf16. Point to point, each rank sends every other rank its slice and adds what it receives, in fp32, in the fixed order
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -61,7 +63,7 @@ class Pending:
 
 
 class Transport(Protocol):
-    """Carries the two collectives over one mesh axis."""
+    """Carries the collectives over one mesh axis."""
 
     def reduce_scatter(self, full: Tensor, own: Tensor, out: Tensor, *, add: bool, label: str) -> Pending:
         """Collective: start summing shards. The sum over ranks lands in (or with `add`, is added to) `out` at wait().
@@ -72,6 +74,20 @@ class Transport(Protocol):
 
     def all_gather(self, full: Tensor, *, label: str) -> Pending:
         """Collective: start filling `full` [size * S] in place from every rank's own slice of it."""
+
+    def all_to_all(self, outbox: Tensor, inbox: Tensor, *, label: str) -> Pending:
+        """Collective: start sending row r of `outbox` [size, n] to rank r; row r of `inbox` is filled from rank r.
+
+        A rank's row for itself is undefined in `inbox`.
+        """
+
+
+@dataclass(frozen=True)
+class Link:
+    """A mesh axis and what carries collectives over it."""
+
+    axis: MeshAxis
+    transport: Transport
 
 
 class PointToPoint:
@@ -99,6 +115,13 @@ class PointToPoint:
         mine = [parts[self._axis.rank]] * len(self._peers)
         works = self._exchange(sends=mine, receives=[parts[peer] for peer in self._peers])
         return Pending(works, None, f"all-gather of {label}")
+
+    def all_to_all(self, outbox: Tensor, inbox: Tensor, *, label: str) -> Pending:
+        _record("all_to_all", outbox, self._axis, label)
+        works = self._exchange(
+            sends=[outbox[peer] for peer in self._peers], receives=[inbox[peer] for peer in self._peers]
+        )
+        return Pending(works, None, f"all-to-all of {label}")
 
     def _exchange(self, sends: Sequence[Tensor], receives: Sequence[Tensor]) -> list[Waitable]:
         """Start one message to and one from every peer, given in the order of `_peers`."""
@@ -146,6 +169,11 @@ class Native:
         work = all_gather_single(full, mine, group=self._axis.group, async_op=True)
         return Pending([work], None, f"all-gather of {label}")
 
+    def all_to_all(self, outbox: Tensor, inbox: Tensor, *, label: str) -> Pending:
+        _record("all_to_all", outbox, self._axis, label)
+        work = dist.all_to_all_single(inbox, outbox, group=self._axis.group, async_op=True)
+        return Pending([work], None, f"all-to-all of {label}")
+
 
 class Alone:
     """An axis of one rank: the sum is the rank's own contribution, and everything is gathered already."""
@@ -156,6 +184,9 @@ class Alone:
     def all_gather(self, full: Tensor, *, label: str) -> Pending:
         return Pending((), None, f"all-gather of {label}")
 
+    def all_to_all(self, outbox: Tensor, inbox: Tensor, *, label: str) -> Pending:
+        return Pending((), None, f"all-to-all of {label}")
+
 
 def transport_for(axis: MeshAxis) -> Transport:
     """Collective over `axis`: return what carries collectives best; the backend and the number of ranks decide."""
@@ -164,6 +195,11 @@ def transport_for(axis: MeshAxis) -> Transport:
     if axis.backend == "nccl":
         return Native(axis)
     return PointToPoint(axis, max(gather_objects(next(_numbers), axis)))
+
+
+def link_over(axis: MeshAxis) -> Link:
+    """Collective over `axis`: return the axis with a transport of its own."""
+    return Link(axis, transport_for(axis))
 
 
 def add_up(own: Tensor, received: Sequence[Tensor], out: Tensor, *, add: bool) -> None:
