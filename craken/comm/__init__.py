@@ -13,9 +13,10 @@ from craken.comm.objects import (
 )
 from craken.comm.quantised import QuantisedGather, QuantisedReduce
 from craken.comm.tracing import phase
-from craken.comm.transport import Link, Pending, Transport, Waitable, link_over, transport_for
+from craken.comm.transport import Channel, Pending, Transport, Waitable, channel_over, start_sum, transport_for
 from craken.comm.world import (
     get_local_rank,
+    get_local_world_size,
     get_rank,
     get_world_size,
     init_distributed,
@@ -25,8 +26,8 @@ from craken.comm.world import (
 
 __all__ = [
     "Accelerator",
+    "Channel",
     "Event",
-    "Link",
     "MeshAxis",
     "Pending",
     "QuantisedGather",
@@ -39,19 +40,21 @@ __all__ = [
     "broadcast",
     "broadcast_object",
     "bytes_sent",
+    "channel_over",
     "event_log",
     "gather_objects",
     "get_accelerator",
     "get_local_rank",
+    "get_local_world_size",
     "get_rank",
     "get_world_size",
     "init_distributed",
     "is_initialized",
-    "link_over",
     "move_to_axis_device",
     "phase",
     "shutdown",
     "split_axis",
+    "start_sum",
     "transport_for",
     "world_axis",
 ]

@@ -8,8 +8,8 @@
 
                       full -> codes ==inner axis==> sums in fp32 -> codes ==outer axis==> sums in fp32 -> shard
 
-Adding up happens between hops and never on the way, so that no sum is quantised twice on one link; what a rank adds of
-its own is exact. On one node there is one hop.
+Sums are taken between hops in fp32 and sent on as codes of their own; what a rank adds of its own is exact. On one node
+there is one hop.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from craken.comm.codec import Codec
-from craken.comm.transport import Link, Pending
+from craken.comm.transport import Channel, Pending
 
 _EIGHT, _FOUR = Codec(8), Codec(4)
 
@@ -26,26 +26,26 @@ _EIGHT, _FOUR = Codec(8), Codec(4)
 class QuantisedGather:
     """Gathers floats as 8-bit codes; every rank ends with the same bits. Sums, and other dtypes, go as they are."""
 
-    def __init__(self, link: Link) -> None:
-        self._link = link
-        self.reduce_scatter = link.transport.reduce_scatter
-        self.all_to_all = link.transport.all_to_all
+    def __init__(self, channel: Channel) -> None:
+        self._channel = channel
+        self.reduce_scatter = channel.transport.reduce_scatter
+        self.all_to_all = channel.transport.all_to_all
 
     def all_gather(self, full: Tensor, *, label: str) -> Pending:
-        axis = self._link.axis
+        axis = self._channel.axis
         if not full.is_floating_point() or full.dtype.itemsize == 1 or axis.size == 1:
-            return self._link.transport.all_gather(full, label=label)
+            return self._channel.transport.all_gather(full, label=label)
         rows = full.view(axis.size, -1)
         messages = _messages(_EIGHT, (axis.size,), rows.shape[1], full)
         _EIGHT.quantise(rows.narrow(0, axis.rank, 1), messages.narrow(0, axis.rank, 1))
-        gather = self._link.transport.all_gather(messages.view(-1), label=label)
+        gather = self._channel.transport.all_gather(messages.view(-1), label=label)
         return Pending([gather], lambda: _EIGHT.dequantise(messages, rows), f"quantised all-gather of {label}")
 
 
 class QuantisedReduce:
     """Sums over an axis that is split in two, as 4-bit codes on each of the two hops; gathers go as they are."""
 
-    def __init__(self, whole: Link, inner: Link, outer: Link) -> None:
+    def __init__(self, whole: Channel, inner: Channel, outer: Channel) -> None:
         """`inner` and `outer` are the parts of `whole`, as `split_axis` makes them, and serve nothing else."""
         if inner.axis.size * outer.axis.size != whole.axis.size:
             raise ValueError(

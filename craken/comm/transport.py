@@ -83,7 +83,7 @@ class Transport(Protocol):
 
 
 @dataclass(frozen=True)
-class Link:
+class Channel:
     """A mesh axis and what carries collectives over it."""
 
     axis: MeshAxis
@@ -197,9 +197,31 @@ def transport_for(axis: MeshAxis) -> Transport:
     return PointToPoint(axis, max(gather_objects(next(_numbers), axis)))
 
 
-def link_over(axis: MeshAxis) -> Link:
+def channel_over(axis: MeshAxis) -> Channel:
     """Collective over `axis`: return the axis with a transport of its own."""
-    return Link(axis, transport_for(axis))
+    return Channel(axis, transport_for(axis))
+
+
+def start_sum(values: Tensor, channel: Channel, *, label: str) -> Pending:
+    """Collective: start summing `values` [n] over the channel's axis in place, to the same bits on all its ranks.
+
+    A rank sums 1/N of the elements, in fp32 and rounded once, and hands them to the others: 2 (N-1)/N n are sent.
+    """
+    axis = channel.axis
+    numel = -(-values.numel() // axis.size)
+    padded = values
+    if numel * axis.size != values.numel():
+        padded = values.new_zeros(numel * axis.size)
+        padded[: values.numel()].copy_(values)
+    own = padded.narrow(0, axis.rank * numel, numel)
+    scatter = channel.transport.reduce_scatter(padded, own, own, add=False, label=label)
+
+    def finish() -> None:
+        channel.transport.all_gather(padded, label=label).wait()
+        if padded is not values:
+            values.copy_(padded[: values.numel()])
+
+    return Pending([scatter], finish, f"sum of {label} over {axis.name}")
 
 
 def add_up(own: Tensor, received: Sequence[Tensor], out: Tensor, *, add: bool) -> None:

@@ -37,6 +37,11 @@ def get_local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
+def get_local_world_size() -> int:
+    """Return how many ranks there are on this process's host, as the launcher said; without one, all of them."""
+    return _env_int("LOCAL_WORLD_SIZE") or get_world_size()
+
+
 def init_distributed(
     dist_backend: str | None = None,
     auto_mpi_discovery: bool = True,

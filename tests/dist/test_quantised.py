@@ -16,10 +16,10 @@ def values_of(rank: int, size: int, dtype: torch.dtype) -> torch.Tensor:
 
 
 def gather(dtype: torch.dtype) -> tuple[torch.Tensor, int]:
-    from craken.comm import QuantisedGather, event_log, link_over, world_axis
+    from craken.comm import QuantisedGather, event_log, channel_over, world_axis
 
     axis = world_axis()
-    carrier = QuantisedGather(link_over(axis))
+    carrier = QuantisedGather(channel_over(axis))
     full = torch.zeros(axis.size * NUMEL, dtype=dtype)
     mine = full[axis.rank * NUMEL : (axis.rank + 1) * NUMEL]
     mine.copy_(values_of(axis.rank, 1, dtype))
@@ -41,11 +41,11 @@ def test_all_ranks_gather_the_same_bits_for_half_of_bf16(run_ranks, world_size, 
 
 
 def packed_data() -> None:
-    from craken.comm import QuantisedGather, link_over, world_axis
+    from craken.comm import QuantisedGather, channel_over, world_axis
 
     axis = world_axis()
     full = torch.full((axis.size * 32,), axis.rank, dtype=torch.uint8)
-    QuantisedGather(link_over(axis)).all_gather(full, label="packed").wait()
+    QuantisedGather(channel_over(axis)).all_gather(full, label="packed").wait()
     assert full.view(axis.size, -1).amax(1).tolist() == list(range(axis.size))
 
 
@@ -54,11 +54,11 @@ def test_what_is_no_float_travels_as_it_is(run_ranks) -> None:
 
 
 def carrier_over(inner_size: int) -> Any:
-    from craken.comm import QuantisedReduce, link_over, split_axis, world_axis
+    from craken.comm import QuantisedReduce, channel_over, split_axis, world_axis
 
     axis = world_axis()
     inner, outer = split_axis(axis, inner_size)
-    return QuantisedReduce(link_over(axis), link_over(inner), link_over(outer)), axis
+    return QuantisedReduce(channel_over(axis), channel_over(inner), channel_over(outer)), axis
 
 
 def reduce(inner_size: int, dtype: torch.dtype) -> dict[str, int]:
