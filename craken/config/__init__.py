@@ -3,5 +3,6 @@
 from craken.config.batch import BatchSizes, resolve_batch
 from craken.config.load import load_config
 from craken.config.schema import Config
+from craken.config.sections.zero import ZeroOptimization
 
-__all__ = ["BatchSizes", "Config", "load_config", "resolve_batch"]
+__all__ = ["BatchSizes", "Config", "ZeroOptimization", "load_config", "resolve_batch"]

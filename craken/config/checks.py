@@ -25,7 +25,9 @@ from craken.config.values import nearest, plain
 def check(config: Config, findings: Findings) -> None:
     """Add to `findings` every problem that lies between the keys of `config`."""
     found = [*_precision(config), *_offload(config.zero_optimization), *_reduction(config)]
+    found += _hierarchy(config.zero_optimization)
     findings.problems += [problem._replace(path=findings.path(problem.path)) for problem in found]
+    findings.notices += _without_stage_3(config.zero_optimization)
     _optimizer(config, findings)
     _scheduler(config, findings)
 
@@ -82,6 +84,33 @@ def _offload(zero: ZeroOptimization) -> Iterator[Problem]:
             yield _needs_stage("zero_optimization.offload_optimizer.ratio", "3", zero.stage)
         if zero.offload_optimizer.super_offload:
             yield _needs_stage("zero_optimization.offload_optimizer.super_offload", "3", zero.stage)
+
+
+def _hierarchy(zero: ZeroOptimization) -> Iterator[Problem]:
+    if zero.mics_shard_size <= 0:
+        return
+    if zero.stage < PARAMETERS_SHARDED:
+        yield _needs_stage("zero_optimization.mics_shard_size", "3", zero.stage)
+    if zero.zero_hpz_partition_size > 1:
+        yield Problem(
+            "zero_optimization.zero_hpz_partition_size",
+            '1 beside "mics_shard_size", which keeps all gathers inside',
+            shown(zero.zero_hpz_partition_size),
+            "remove one of the two",
+        )
+
+
+def _without_stage_3(zero: ZeroOptimization) -> Iterator[str]:
+    """Yield a notice for each setting about gathers and sums of stage 3 that another stage does not read."""
+    asked = {
+        "zero_hpz_partition_size": zero.zero_hpz_partition_size > 1,
+        "zero_quantized_weights": zero.zero_quantized_weights,
+        "zero_quantized_nontrainable_weights": zero.zero_quantized_nontrainable_weights,
+        "zero_quantized_gradients": zero.zero_quantized_gradients,
+    }
+    for key, is_asked in asked.items():
+        if is_asked and zero.stage < PARAMETERS_SHARDED:
+            yield f"zero_optimization.{key} has no effect at stage {zero.stage}: it is read at stage 3 only"
 
 
 def _reduction(config: Config) -> Iterator[Problem]:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from craken.comm import Accelerator, MeshAxis, transport_for
+from craken.comm import Accelerator, MeshAxis
 from craken.config import BatchSizes, Config, resolve_batch
 from craken.engine.agreement import check_training_agrees
 from craken.engine.data import ResumableLoader
@@ -19,6 +19,7 @@ from craken.engine.monitor import Monitor
 from craken.engine.offload import placement_of, shelf_for, state_swap_for
 from craken.engine.optimizers import cuts_of, get_optimizer, get_scheduler, members
 from craken.engine.request import Request
+from craken.engine.wiring import wires_for
 from craken.optim import can_step_in_chunks, takes_grad_scale, unfuse_where_missing
 from craken.precision import DynamicLossScale, LossScale, Precision, StaticLossScale, dtype_from_name
 from craken.zero import (
@@ -99,11 +100,12 @@ def build_parts(request: Request, config: Config, axis: MeshAxis, accelerator: A
     sharded = _sharded_params(trainable, optimizer)
     ids = {id(param) for _, param in sharded}
     shelf = shelf_for(config, device)
-    wire = Wire(axis, transport_for(axis), shelf)
+    wires = wires_for(config.zero_optimization, axis, shelf)
     rules = replace(rules_of(config, batch, precision, axis), placement=placement_of(config, shelf))
     share = HostShare(config.zero_optimization.offload_optimizer.ratio)
-    plan = ShardingPlan(rules, wire, _budget(config, wire), cuts_of(optimizer) if optimizer else {}, share)
-    layers = shard_model(request.model, sharded, plan, _live_budget(config, wire))
+    cuts = cuts_of(optimizer) if optimizer else {}
+    plan = ShardingPlan(rules, *wires, _budget(config, wires.trained), cuts, share)
+    layers = shard_model(request.model, sharded, plan, _live_budget(config, wires.trained))
     ids |= {id(param) for group in layers.frozen for param in group.params}
     rest = [(name, param) for name, param in named if id(param) not in ids]
     take_out([param for _, param in rest])

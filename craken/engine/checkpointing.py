@@ -82,7 +82,7 @@ def load(
         return reader, None
 
     reader, _ = run_on_all(read, axis, doing=f"loading a checkpoint from {folder}")
-    zero_state.refresh(engine.groups)
+    zero_state.refresh([*engine.groups, *engine.parts.layers.frozen])
     engine.renew_weights()
     state = reader.shared_state
     if wanted.optimizer and engine.parts.binding is not None and state["optimizer"] is not None:

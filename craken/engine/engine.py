@@ -19,7 +19,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from craken.comm import phase, transport_for
+from craken.comm import phase
 from craken.engine.accumulation import Accumulation
 from craken.engine.build import Parts
 from craken.engine.memory import return_freed_memory
@@ -88,7 +88,9 @@ class Engine(nn.Module):
         self.parking = Parking(parts.shelf.link)
         self._timers = PhaseTimers(is_on=parts.config.wall_clock_breakdown)
         self._progress = Progress(parts.config.steps_per_print, parts.monitor, self._timers)
-        self._reducer = GradientReducer(parts.groups, should_reduce=self._reduces_now)
+        self._reducer = GradientReducer(
+            parts.groups, should_reduce=self._reduces_now, is_boundary=self.is_gradient_accumulation_boundary
+        )
         self._stepper: ShardedStep | None = None
         if parts.binding is not None:
             self._stepper = ShardedStep(parts.binding, parts.groups, self._reducer, parts.stepping, parts.swap)
@@ -108,7 +110,7 @@ class Engine(nn.Module):
             parts.config.zero_optimization.stage3_prefetch_bucket_size,
             max(sum(group.layout.padded_numel for group in groups) for groups in parts.layers.groups_of.values()),
         )
-        residence = Residence(freed, transport_for(parts.axis), max_ahead=ahead)
+        residence = Residence(freed, max_ahead=ahead)
         lifecycle = Lifecycle(parts.layers.groups_of, residence, reducer=self._reducer, warn=warn_once)
         register(groups, parts.axis, residence, lifecycle)
         grouped = {id(param) for group in groups for param in group.params}

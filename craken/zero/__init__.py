@@ -27,7 +27,7 @@ from craken.zero.policy import Keep, Policy, policy_for_stage
 from craken.zero.reducer import GradientReducer
 from craken.zero.residence import Residence
 from craken.zero.room import mapped_bytes
-from craken.zero.rules import GroupRules, Wire
+from craken.zero.rules import GroupRules, Replication, Sources, Wire
 from craken.zero.shelf import DiskSettings, Kind, Shelf
 from craken.zero.swapping import StateSwap, SwapSettings
 from craken.zero.units import whole_numel
@@ -55,6 +55,7 @@ __all__ = [
     "Placement",
     "Policy",
     "Removable",
+    "Replication",
     "Residence",
     "ShardGroup",
     "ShardedLayers",
@@ -62,6 +63,7 @@ __all__ = [
     "ShardedStep",
     "ShardingPlan",
     "Shelf",
+    "Sources",
     "StateSwap",
     "StepResult",
     "Stepping",

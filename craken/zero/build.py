@@ -29,6 +29,7 @@ class ShardingPlan:
 
     rules: GroupRules
     wire: Wire
+    frozen_wire: Wire
     budget: Budget
     cuts: Mapping[int, Cut]
     share: HostShare
@@ -64,7 +65,8 @@ def shard_model(model: nn.Module, trained: Sequence[Named], plan: ShardingPlan, 
     small = [named for named in trained if whole_numel(named[1]) <= live.persistent_numel]
     units = plan_units(model, max_numel=live.unit_numel, leaves=live.leaves)
     layers = ShardedLayers([], [], units, {})
-    frozen_plan = dataclasses.replace(plan, rules=dataclasses.replace(plan.rules, trains=False))
+    frozen_rules = dataclasses.replace(plan.rules, trains=False)
+    frozen_plan = dataclasses.replace(plan, rules=frozen_rules, wire=plan.frozen_wire)
     for unit in units:
         large = [named for named in unit.params if whole_numel(named[1]) > live.persistent_numel]
         mine = build_groups([(names[id(param)], param) for _, param in large if id(param) in names], plan)

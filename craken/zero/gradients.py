@@ -3,6 +3,7 @@
     accumulate    autograd's tensor -> `pending` (scratch, full)
     start_reduce  pending -> shards: a reduce-scatter leaves; with the optimizer FULL an all-gather follows it
     finish        the sum is in `reduced` (this rank's shard, or the full buffer), pending is free again
+    replicas      where shards are repeated: at the boundary, the sum of the shard's sums on all ranks that hold it
 
 Buffers have the layout of the group's flat buffer. Sums are over ranks and micro-batches; the division by their number
 happens once, in the optimizer's step.
@@ -19,7 +20,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from craken.comm import Pending
+from craken.comm import Pending, start_sum
 from craken.zero.flat import own_part, slot_views, zero_gaps
 from craken.zero.layout import GroupLayout
 from craken.zero.link import Arrival
@@ -54,6 +55,10 @@ class GroupGradients:
         self.touched = [False] * len(shapes)
         link = wire.shelf.link
         self._leaves_device = rules.placement.states is not Place.DEVICE and not link.host_is_device
+        # where replicas add theirs, a sum over the axis stays until they have
+        self._sends_each_sum = self._leaves_device and wire.replication is None
+        self._total: Tensor | None = None
+        self._has_total = False
         self._on_host: Tensor | None = None
         self._arrival = Arrival()
         self._norms: Sequence[Tensor] = ()
@@ -70,10 +75,12 @@ class GroupGradients:
             self._pending, self._places = self._pending.to(self._pending_dtype), []
         if self._retained is not None:
             self._retained = self._retained.to(self.accumulate_dtype)
-        if self._leaves_device and self.has_reduced:
+        if self._leaves_device and (self.has_reduced if self._sends_each_sum else self._has_total):
             shard, self._on_host = self.reduced, None
             self._host_sum().copy_(shard)
-        elif self._reduced_shard is not None:
+        if self._total is not None:
+            self._total = self._total.to(self.accumulate_dtype)
+        if self._reduced_shard is not None:
             shard, self._reduced_shard = self._reduced_shard.to(self.accumulate_dtype), None
             if self.rules.retains_full_grads:
                 self._retained = self._scratch()
@@ -146,9 +153,9 @@ class GroupGradients:
         pending = self._completed_pending()
         own = self._own_part(pending)
         sums_in_place = self.rules.retains_full_grads
+        adds = self._has_sum and not sums_in_place
         out = own if sums_in_place else self._shard_for_sum()
         self._travelling = pending
-        adds = self.has_reduced and not sums_in_place
         self._work = self.wire.transport.reduce_scatter(
             pending.to(self.reduce_dtype), own, out, add=adds, label=self.label
         )
@@ -167,15 +174,45 @@ class GroupGradients:
 
     def finish_gather(self) -> None:
         """Wait until this rank holds what the optimizer needs."""
-        if self._work is not None:
-            self._work.wait()
-            self._work = None
+        if self._work is None:
+            return
+        self._work.wait()
+        self._work = None
+        if self._travelling is not None:
             self._settle()
+        else:
+            self._settle_total()
+
+    @property
+    def _has_sum(self) -> bool:
+        """There is a sum over the axis to which the next one is added."""
+        return self.has_reduced if self.wire.replication is None else self._reduced_shard is not None
+
+    @property
+    def awaits_replicas(self) -> bool:
+        """There is a sum over the shard axis to which other replicas have not added theirs."""
+        return self.wire.replication is not None and self._reduced_shard is not None and self._work is None
+
+    def start_over_replicas(self) -> None:
+        """Collective over the replicate axis: start adding up the shard's sums; `finish_gather` completes it."""
+        assert self.wire.replication is not None
+        assert self._reduced_shard is not None
+        label = f"{self.label} (replicas)"
+        self._work = start_sum(self._reduced_shard, self.wire.replication.replicas, label=label)
+
+    def _settle_total(self) -> None:
+        shard, self._reduced_shard = self._reduced_shard, None
+        assert shard is not None
+        if self._leaves_device:
+            self._send_to_host(shard, adds=self._has_total)
+        else:
+            self._total = shard if self._total is None else self._total.add_(shard)
+        self._has_total = True
 
     def _settle(self) -> None:
         pending, self._travelling = self._travelling, None
         assert pending is not None
-        if self._leaves_device:
+        if self._sends_each_sum:
             shard, self._reduced_shard = self._reduced_shard, None
             if shard is None:
                 self._send_to_host(self._own_part(pending), adds=self.has_reduced)
@@ -231,7 +268,7 @@ class GroupGradients:
             self._reduced_shard = torch.empty(
                 self.layout.shard_numel, dtype=self.accumulate_dtype, device=self.wire.device
             )
-            if self._leaves_device and self.has_reduced:  # the sum so far comes back to be added to
+            if self._sends_each_sum and self.has_reduced:  # the sum so far comes back to be added to
                 link = self.wire.shelf.link
                 with link.beside("down", self._reduced_shard):
                     self._reduced_shard.copy_(self._host_sum(), non_blocking=True)
@@ -247,8 +284,9 @@ class GroupGradients:
             return self._host_sum()
         if self._retained is not None:
             return self._counted_part(self._retained)
-        assert self._reduced_shard is not None
-        return self._reduced_shard
+        shard = self._reduced_shard if self._total is None else self._total
+        assert shard is not None
+        return shard
 
     def own_reduced(self) -> Tensor:
         """Return the part [shard_numel] of the summed gradient that counts as this rank's, for norms."""
@@ -264,7 +302,7 @@ class GroupGradients:
     @property
     def on_device(self) -> list[Tensor]:
         """The buffers that lie on the device now."""
-        held = (self._pending, self._travelling, self._retained, self._reduced_shard)
+        held = (self._pending, self._travelling, self._retained, self._reduced_shard, self._total)
         return [buffer for buffer in held if buffer is not None]
 
     @property
@@ -274,7 +312,8 @@ class GroupGradients:
 
     def drop(self) -> None:
         """Forget all gradients and give their memory back: the next forward's activations can use it."""
-        self._pending = self._retained = self._reduced_shard = None
+        self._pending = self._retained = self._reduced_shard = self._total = None
+        self._has_total = False
         self._norms = ()
         self._places = []
         self._filled = [False] * len(self.shapes)

@@ -47,7 +47,7 @@ class ShardGroup:
     def __init__(
         self, names: Sequence[str], params: Sequence[nn.Parameter], dtype: torch.dtype, rules: GroupRules, wire: Wire
     ) -> None:
-        """Collective over the axis: move `params` into one flat buffer; rank 0's values win on every rank."""
+        """Collective over all ranks that train: move `params` into one flat buffer; rank 0's values win everywhere."""
         self.names, self.params, self.rules, self.wire = list(names), list(params), rules, wire
         self.policy, self.label = rules.policy, names[0]
         self.shapes = [tuple(param.shape) for param in params]
@@ -98,7 +98,7 @@ class ShardGroup:
         for param, slot in zip(self.params, self.layout.slots, strict=True):
             slot_view(precise, slot, param.shape).copy_(param.data)
         zero_gaps(precise, self.layout)
-        broadcast(precise, self.wire.axis, label=self.label)
+        broadcast(precise, self.wire.everyone, label=self.label)
         return precise
 
     def _rest(self, place: Place, values: Tensor, kind: Kind, pins: bool) -> Resting:
@@ -138,6 +138,8 @@ class ShardGroup:
 
         Returns what is to be waited for before they are used.
         """
+        if self.weights is not None:
+            self.weights.shards_changed()
         arrivals: list[Waitable] = []
         link = self.wire.shelf.link
         with contextlib.ExitStack() as beside:
@@ -175,6 +177,7 @@ class ShardGroup:
             if not self.weights.is_whole:
                 return
             self.weights.shard.copy_(self.own_part(self.full))
+            self.weights.shards_changed()
         if not self.master_is_kept:
             self.master.copy_(self.kept)
 
@@ -183,7 +186,12 @@ class ShardGroup:
         return slot_view(self.full, self.layout.slots[slot], self.shapes[slot])
 
     def keep_edit(self, slot: int) -> None:
-        """Make the values in one parameter's place of the whole flat buffer this rank's shard's and master's."""
+        """Make the values in one parameter's place of the whole flat buffer this rank's shard's and master's.
+
+        Every rank calls it, whether or not it keeps a part of the parameter.
+        """
+        if self.weights is not None:
+            self.weights.shards_changed()
         for piece in self.layout.fragments(self.wire.axis.rank):
             if piece.slot == slot:
                 values = self.view_of(slot).view(-1).narrow(0, piece.param_offset, piece.numel)

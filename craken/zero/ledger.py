@@ -32,6 +32,7 @@ def _held(group: ShardGroup) -> Iterable[tuple[Place, list[Tensor]]]:
     else:
         yield place.weights, [group.kept]
         yield Place.DEVICE, [group.full] if group.weights.is_whole else []
+        yield Place.DEVICE, group.weights.nearby
     if not group.master_is_kept:
         yield place.states, [group.master]
     yield Place.DEVICE, group.gradients.on_device

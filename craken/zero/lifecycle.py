@@ -69,7 +69,7 @@ class Lifecycle:
         for handle in self.handles:
             handle.remove()
         self.handles = []
-        self._reducer = GradientReducer([], should_reduce=lambda: False)  # lets go of the engine
+        self._reducer = GradientReducer([], should_reduce=bool, is_boundary=bool)  # lets go of the engine
 
     # --- forward ------------------------------------------------------------------------------------------------------
 

@@ -78,7 +78,7 @@ class ShardedStep:
         self._cuts = [_cuts(fragments, group) for fragments, group in zip(self._fragments, groups, strict=True)]
 
     def step(self, *, divisor: float, max_norm: float, skip_nonfinite: bool) -> StepResult:
-        """Collective over the axis: update parameters with the gradients gathered since the last step, and drop them.
+        """Collective over all ranks that train: update parameters with the gradients since the last step; drop those.
 
         divisor: what the summed gradients must be divided by (ranks x loss scale). max_norm: 0 clips nothing.
         """
@@ -106,12 +106,14 @@ class ShardedStep:
     def _vote(self) -> _Votes:
         if not self.groups:
             return _Votes(0.0, [], [])
-        axis, num_groups = self.groups[0].wire.axis, len(self.groups)
+        self._reducer.sum_over_replicas()
+        wire, num_groups = self.groups[0].wire, len(self.groups)
         squares = sum_of_squares(group.gradients.norms() for group in self.groups if group.gradients.has_reduced)
-        ballot: list[float] = [squares, *self._reducer.pending_groups()]
+        # each shard votes as often as there are ranks that hold it
+        ballot: list[float] = [squares / wire.num_replicas, *self._reducer.pending_groups()]
         for group in self.groups:
             ballot += group.gradients.touched
-        counted = _all_reduce(torch.tensor(ballot, dtype=torch.float64), axis).tolist()
+        counted = _all_reduce(torch.tensor(ballot, dtype=torch.float64), wire.everyone).tolist()
         touched, at = [], 1 + num_groups
         for group in self.groups:
             touched.append([count > 0 for count in counted[at : at + len(group.params)]])

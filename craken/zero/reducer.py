@@ -43,12 +43,17 @@ class BackwardObserver(Protocol):
 class GradientReducer:
     """Watches gradients arrive and reduces groups in the agreed order."""
 
-    def __init__(self, groups: Sequence[ShardGroup], *, should_reduce: Callable[[], bool]) -> None:
-        """`should_reduce` says at the start of a backward whether this one's gradients leave the rank."""
+    def __init__(
+        self, groups: Sequence[ShardGroup], *, should_reduce: Callable[[], bool], is_boundary: Callable[[], bool]
+    ) -> None:
+        """`should_reduce` says at the start of a backward whether this one's gradients leave the rank.
+
+        `is_boundary` says whether it is in the last micro-batch of a step: replicas then add up their sums.
+        """
         self._groups = list(groups)
         self._index = {id(group): index for index, group in enumerate(groups)}
         self.observer: BackwardObserver | None = None
-        self._should_reduce = should_reduce
+        self._should_reduce, self._is_boundary = should_reduce, is_boundary
         self._order = list(reversed(range(len(groups))))
         self._order_is_agreed = False
         self._completed: list[int] = []
@@ -56,10 +61,10 @@ class GradientReducer:
         self._seen = [[False] * len(group.params) for group in groups]
         self._next = 0
         self._in_flight: deque[ShardGroup] = deque()
-        self._gathering: list[ShardGroup] = []
+        self._gathering: deque[ShardGroup] = deque()
         self.is_running = False
         self._ends_by_itself = False
-        self._reduces_now = False
+        self._reduces_now = self._ends_step = False
         self.num_backwards = 0
 
     # --- one backward -------------------------------------------------------------------------------------------------
@@ -90,7 +95,7 @@ class GradientReducer:
 
     def _begin(self) -> None:
         self.is_running = True
-        self._reduces_now = self._should_reduce()
+        self._reduces_now, self._ends_step = self._should_reduce(), self._is_boundary()
         self._next = 0
         self._completed = []
         for index, group in enumerate(self._groups):
@@ -136,8 +141,17 @@ class GradientReducer:
         group = self._in_flight.popleft()
         with phase("zero::wait_reduce", group.label):
             group.gradients.finish_sum()
-        if group.gradients.is_reducing:
+        if self._ends_step and group.gradients.awaits_replicas:
+            self._start_over_replicas(group)
+        elif group.gradients.is_reducing:
             self._gathering.append(group)
+
+    def _start_over_replicas(self, group: ShardGroup) -> None:
+        while len(self._gathering) >= _MAX_IN_FLIGHT:
+            self._gathering.popleft().gradients.finish_gather()
+        with phase("zero::reduce_replicas", group.label):
+            group.gradients.start_over_replicas()
+        self._gathering.append(group)
 
     def finish_backward(self) -> None:
         """Collective when this backward reduces: send every group that has not left yet, zeros where nothing came."""
@@ -165,9 +179,8 @@ class GradientReducer:
     def _drain(self) -> None:
         while self._in_flight:
             self._finish_oldest()
-        for group in self._gathering:
-            group.gradients.finish_gather()
-        self._gathering.clear()
+        while self._gathering:
+            self._gathering.popleft().gradients.finish_gather()
 
     # --- between backwards --------------------------------------------------------------------------------------------
 
@@ -175,6 +188,13 @@ class GradientReducer:
         """Collective: reduce what is pending in these groups; every rank names the same ones."""
         for index in indices:
             self._send(self._groups[index])
+        self._drain()
+
+    def sum_over_replicas(self) -> None:
+        """Collective where shards are repeated: add up sums that no backward at a boundary has sent to the replicas."""
+        for group in self._groups:
+            if group.gradients.awaits_replicas:
+                self._start_over_replicas(group)
         self._drain()
 
     def pending_groups(self) -> list[bool]:
@@ -188,4 +208,4 @@ class GradientReducer:
         self._order_is_agreed = True
         completed = set(self._completed)
         mine = self._completed + [index for index in self._order if index not in completed]
-        self._order = broadcast_object(mine, self._groups[0].wire.axis)
+        self._order = broadcast_object(mine, self._groups[0].wire.everyone)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Sequence
 
-from craken.comm import Transport, phase
+from craken.comm import phase
 from craken.zero.group import ShardGroup
 from craken.zero.order import GatherOrder
 from craken.zero.weights import ShardedWeights
@@ -22,9 +22,9 @@ from craken.zero.weights import ShardedWeights
 class Residence:
     """Which groups are whole, and for whom."""
 
-    def __init__(self, groups: Sequence[ShardGroup], transport: Transport, *, max_ahead: int) -> None:
+    def __init__(self, groups: Sequence[ShardGroup], *, max_ahead: int) -> None:
         """max_ahead: elements that may be gathered before anybody asks for them."""
-        self._groups, self._transport = list(groups), transport
+        self._groups = list(groups)
         self._index = {id(group): index for index, group in enumerate(groups)}
         self._holders: list[set[Hashable]] = [set() for _ in groups]
         self._pins: list[set[Hashable]] = [set() for _ in groups]
@@ -74,14 +74,14 @@ class Residence:
         for index, pins in enumerate(self._pins):
             if pins:
                 self._weights(index).free()
-                self._start(index)
+                self._start(index, exact=True)
                 self._weights(index).finish()
 
     def pin(self, group: ShardGroup, who: Hashable) -> None:
         """Collective over the axis unless it is whole: have a group whole, whatever the model does, until unpinned."""
         (index,) = self._indices([group])
         self._pins[index].add(who)
-        self._start(index)
+        self._start(index, exact=True)
         self._weights(index).finish()
 
     def unpin(self, group: ShardGroup, who: Hashable) -> None:
@@ -99,8 +99,9 @@ class Residence:
     def _indices(self, groups: Iterable[ShardGroup]) -> list[int]:
         return [self._index[id(group)] for group in groups]
 
-    def _start(self, index: int) -> None:
-        self._weights(index).start(self._transport, self._groups[index].label + " (weights)")
+    def _start(self, index: int, *, exact: bool = False) -> None:
+        group = self._groups[index]
+        self._weights(index).start(group.wire.weights, f"{group.label} (weights)", exact=exact)
 
     def _weights(self, index: int) -> ShardedWeights:
         weights = self._groups[index].weights

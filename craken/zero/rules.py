@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from craken.comm import MeshAxis, Transport
+from craken.comm import Channel, MeshAxis, Transport
 from craken.precision import Precision
 from craken.zero.layout import Cut
 from craken.zero.placement import ON_DEVICE, Placement
@@ -15,16 +15,59 @@ from craken.zero.shelf import Shelf
 
 
 @dataclass(frozen=True)
+class Replication:
+    """The mesh of a model that is sharded over some ranks and repeated over the others (MiCS, arXiv 2205.00119).
+
+        shard axis        0 1 | 2 3       gathers, and sums in each backward
+        replicate axis    0 2 | 1 3       sums of the same shard, once a step
+        everyone          0 1 2 3         norms, votes, first values
+
+    `replicas` serves sums of gradients alone.
+    """
+
+    replicas: Channel
+    everyone: MeshAxis
+
+
+@dataclass(frozen=True)
+class Sources:
+    """What brings whole weights together. Each serves gathers of weights alone, in an order that all ranks share.
+
+    `exact` brings what the shards hold, for users who read and write; `quick` may round, alike on all ranks, for
+    forwards and backwards. `inner`: over which second copies are kept, if any.
+    """
+
+    exact: Transport
+    quick: Transport
+    inner: Channel | None = None
+
+
+@dataclass(frozen=True)
 class Wire:
-    """What a group talks through: the axis and what carries its collectives, its device, and where else it may rest."""
+    """What a group talks through: the axis it is sharded over, what carries its collectives, and where it may rest.
+
+    `weights` brings weights together that are kept as shards.
+    """
 
     axis: MeshAxis
     transport: Transport
     shelf: Shelf
+    weights: Sources
+    replication: Replication | None = None
 
     @property
     def device(self) -> torch.device:
         return self.shelf.link.device
+
+    @property
+    def everyone(self) -> MeshAxis:
+        """The axis over all ranks that train the model."""
+        return self.axis if self.replication is None else self.replication.everyone
+
+    @property
+    def num_replicas(self) -> int:
+        """How many ranks hold the same shard."""
+        return 1 if self.replication is None else self.replication.replicas.axis.size
 
 
 @dataclass(frozen=True)

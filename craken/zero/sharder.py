@@ -19,7 +19,7 @@ from craken.zero.group import ShardGroup
 from craken.zero.link import Link
 from craken.zero.placement import Placement
 from craken.zero.residence import Residence
-from craken.zero.rules import GroupRules, Wire
+from craken.zero.rules import GroupRules, Sources, Wire
 from craken.zero.shelf import Shelf
 
 
@@ -30,7 +30,8 @@ class Sharder:
         """Collective over `axis`."""
         shelf = Shelf(Link(get_accelerator().device()), settings.disks)
         placement = Placement(weights=settings.place).resolve(host_is_device=shelf.link.host_is_device)
-        self._wire = Wire(axis, transport_for(axis), shelf)
+        transport = transport_for(axis)
+        self._wire = Wire(axis, transport, shelf, Sources(transport, transport))
         precision = Precision(compute=settings.dtype)
         self._rules = GroupRules(settings.policy, precision, trains=False, placement=placement)
 
@@ -54,7 +55,7 @@ class Sharder:
         compute = self._rules.precision.compute
         dtype = compute if compute is not None and is_castable(param) else param.dtype
         group = ShardGroup([name], [param], dtype, self._rules, self._wire)
-        register([group], self._wire.axis, Residence([group], self._wire.transport, max_ahead=0))
+        register([group], self._wire.axis, Residence([group], max_ahead=0))
 
 
 def _materialise(module: nn.Module, device: torch.device) -> None:

@@ -1,7 +1,15 @@
 """Weights of which every rank keeps a shard: the whole comes for a use and goes after it, in one and the same storage.
 
-    shard   [S]    always there
-    full    [N*S]  there while whole; its memory is given back between uses
+    shard    [S]       always there
+    full     [N*S]     there while whole; its memory is given back between uses
+    nearby   [N*S/h]   where an inner axis of h ranks keeps a second copy: this rank's part of it
+
+    inner axis    step | forward  backward | forward  backward | step | forward ...
+    gathered over      | all      inner    | inner    inner    |      | all             [Note: nearby copies]
+
+[Note: nearby copies] (hpZ of ZeRO++, arXiv 2306.10209) The first gather after the shards have changed runs over all
+ranks and leaves `nearby` behind; those that follow run over the inner axis, whose links are faster, until the shards
+change again.
 
 Parameters are views of `full` while it is whole and empty placeholders (1-D, no elements) otherwise. Autograd saves
 aliases of weights (F.linear a transposed view): since the memory comes back in place, they are right again as soon as
@@ -17,13 +25,13 @@ from enum import Enum
 import torch
 from torch import Tensor, nn
 
-from craken.comm import Pending, Transport, Waitable
+from craken.comm import MeshAxis, Pending, Waitable
 from craken.disk import Ticket
 from craken.zero.flat import own_part
 from craken.zero.layout import GroupLayout
 from craken.zero.link import Arrival
-from craken.zero.room import room_for
-from craken.zero.rules import Wire
+from craken.zero.room import Room, room_for
+from craken.zero.rules import Sources, Wire
 from craken.zero.shelf import Resting
 
 
@@ -56,9 +64,12 @@ class ShardedWeights:
         self._room = room_for(layout.padded_numel, self.shard.dtype, wire.device)
         self.full = self._room.flat
         self._own = own_part(self.full, layout, wire.axis.rank)
+        self._nearby: Room | None = None
+        self._nearby_is_valid = self._nearby_is_exact = False
         self._work: Pending | None = None
+        self._fills: MeshAxis | None = None
         self._arrival = Arrival()
-        self.is_whole = True
+        self.is_whole, self._is_exact = True, True
         self.free()
 
     def forget(self, param: nn.Parameter) -> None:
@@ -66,11 +77,28 @@ class ShardedWeights:
         at = next(index for index, mine in enumerate(self._params) if mine is param)
         del self._params[at], self._slots[at], self._shapes[at]
 
-    def start(self, transport: Transport, label: str) -> None:
-        """Collective over the axis: begin to gather the whole, unless it is there or under way."""
-        if self.is_whole or self._work is not None:
+    def shards_changed(self) -> None:
+        """Take note that the shards have new values, on every rank: the second copy is out of date."""
+        self._nearby_is_valid = False
+
+    def start(self, sources: Sources, label: str, *, exact: bool = False) -> None:
+        """Collective: begin to gather the whole (`exact`: as the shards hold it) unless it is there or under way."""
+        if self._work is not None and exact and not self._is_exact:
+            self.finish()
+        if self._work is not None or (self.is_whole and (self._is_exact or not exact)):
             return
-        self._room.take()
+        if not self.is_whole:
+            self._room.take()
+        if self._nearby_is_valid and (self._nearby_is_exact or not exact):
+            self._start_nearby(sources, label)
+        else:
+            self._start_from_shards(sources, label, exact=exact)
+
+    def _start_from_shards(self, sources: Sources, label: str, *, exact: bool) -> None:
+        transport = sources.exact if exact else sources.quick
+        self._is_exact = transport is sources.exact
+        if sources.inner is not None and not self._nearby_is_valid:
+            self._fills = sources.inner.axis
         is_away = self.shard.device != self.full.device
         with self._link.beside("up") if is_away else contextlib.nullcontext():
             self._bring_own()
@@ -91,7 +119,8 @@ class ShardedWeights:
 
     def fetch(self) -> None:
         """Begin to read a shard that rests in a file, if there is a buffer for it."""
-        if self._file is not None and not self.is_whole and self._work is None and self._courier.can_take(spare=1):
+        is_needed = self._file is not None and not self.is_whole and self._work is None and not self._nearby_is_valid
+        if is_needed and self._courier.can_take(spare=1):
             self._begin_reading()
 
     def forget_fetched(self) -> None:
@@ -120,6 +149,18 @@ class ShardedWeights:
     def _in(self, buffer: Tensor) -> Tensor:
         return buffer[: self.shard.nbytes].view(self.shard.dtype)
 
+    def _start_nearby(self, sources: Sources, label: str) -> None:
+        assert sources.inner is not None
+        assert self._nearby is not None
+        self._is_exact = self._nearby_is_exact
+        self._part(sources.inner.axis).copy_(self._nearby.flat)
+        self._work = sources.inner.transport.all_gather(self.full, label=label)
+
+    def _part(self, axis: MeshAxis) -> Tensor:
+        """Return this rank's part of the whole among the ranks of an inner axis."""
+        numel = self.full.numel() // axis.size
+        return self.full.narrow(0, axis.rank * numel, numel)
+
     def finish(self) -> None:
         """Wait until the whole is there and let the parameters show it."""
         if self._work is None:
@@ -146,6 +187,20 @@ class ShardedWeights:
         self._work = None
         work.wait()
         self._arrival.wait()
+        axis, self._fills = self._fills, None
+        if axis is not None:
+            self._keep_nearby(self._part(axis))
+
+    def _keep_nearby(self, part: Tensor) -> None:
+        if self._nearby is None:
+            self._nearby = room_for(part.numel(), part.dtype, part.device)
+        self._nearby.flat.copy_(part)
+        self._nearby_is_valid, self._nearby_is_exact = True, self._is_exact
+
+    @property
+    def nearby(self) -> list[Tensor]:
+        """This rank's part of the second copy, which lies on the device; empty where there is none."""
+        return [] if self._nearby is None else [self._nearby.flat]
 
     @property
     def num_bytes(self) -> int:

@@ -35,6 +35,18 @@ def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             "compression_training has no effect yet: ",
         ),
         ({"datastates_ckpt": {"host_cache_size": 16}}, "datastates_ckpt has no effect: "),
+        (
+            {"zero_optimization": {"stage": 2, "zero_quantized_gradients": True}},
+            "zero_optimization.zero_quantized_gradients has no effect at stage 2: it is read at stage 3 only",
+        ),
+        (
+            {"zero_optimization": {"stage": 1, "zero_hpz_partition_size": 8}},
+            "zero_optimization.zero_hpz_partition_size has no effect at stage 1: it is read at stage 3 only",
+        ),
+        (
+            {"zero_optimization": {"stage": 3, "mics_shard_size": 8, "mics_hierarchical_params_gather": True}},
+            "zero_optimization.mics_hierarchical_params_gather = true has no effect: ",
+        ),
     ],
 )
 def test_a_setting_without_effect_gives_one_notice(given: dict[str, Any], line: str, said: list[str]) -> None:
@@ -56,6 +68,8 @@ def test_a_setting_without_effect_gives_one_notice(given: dict[str, Any], line: 
             }
         },
         {"zero_optimization": {"stage": 2, "stage3_max_live_parameters": 1e8}},
+        {"zero_optimization": {"stage": 3, "zero_quantized_weights": True, "zero_hpz_partition_size": 8}},
+        {"zero_optimization": {"stage": 2, "zero_hpz_partition_size": 1, "mics_shard_size": -1}},
         {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu", "pin_memory": False}}},
         {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False},
         {"fp16": {"enabled": True, "loss_scale": 128}, "gradient_clipping": 0.3},

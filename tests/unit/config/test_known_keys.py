@@ -68,6 +68,8 @@ def _config_with(row: KnownKey) -> dict[str, Any]:
     for section, name in (("optimizer", "AdamW"), ("scheduler", "WarmupLR")):
         if section in config:
             config[section].setdefault("type", name)
+    if row.status is Status.STAGE_3 and row.path.startswith("zero_optimization."):
+        config["zero_optimization"].setdefault("stage", 3)
     return config  # type: ignore[no-any-return]
 
 

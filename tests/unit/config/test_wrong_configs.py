@@ -144,6 +144,11 @@ WRONG: list[tuple[dict[str, Any], list[str]]] = [
         {"gradient_allreduce_op": "sum", "zero_optimization": {"stage": 3}},
         ['gradient_allreduce_op: expected "mean" at stage 3'],
     ),
+    (_zero(stage=2, mics_shard_size=8), ["zero_optimization.mics_shard_size: ", "stage 3 beside it, got stage 2"]),
+    (
+        _zero(stage=3, mics_shard_size=8, zero_hpz_partition_size=8),
+        ["zero_optimization.zero_hpz_partition_size: ", '"mics_shard_size"', "remove one of the two"],
+    ),
     (
         _zero(prefetch_bucket_size=1, stage3_prefetch_bucket_size=2),
         ["zero_optimization.stage3_prefetch_bucket_size: expected one spelling", 'keep "stage3_prefetch_bucket_size"'],
