@@ -11,9 +11,9 @@ tiny in the first two tables, so neither compute nor bytes hide it:
     parameters   100 tensors of growing size: what is left here is bytes, norms and masters, in ns a parameter
 
 Both are taken in turn, a few steps each, so that a busy minute of the machine falls on both. The budget is 25 us a
-tensor plus 200 us a group a step, in CPU time of the thread that trains: neither the backend's threads nor what else the
-machine does count, but for what that does to the caches. Clock times stand beside it. Exits 1 when a row is over the
-budget on any rank.
+tensor plus 200 us a group a step, in CPU time of the thread that trains: neither the backend's threads nor what else
+the machine does count, but for what that does to the caches. Clock times stand beside it. Exits 1 when a row is over
+the budget on any rank.
 """
 
 from __future__ import annotations
