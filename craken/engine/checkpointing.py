@@ -197,8 +197,14 @@ def _load_module(engine: Engine, reader: Reader) -> None:
 
 def _load_optimizer(engine: Engine, reader: Reader, saved: dict[str, Any]) -> None:
     assert engine.parts.binding is not None
+    swap = engine.parts.swap
     zero_state.load_optimizer(
-        engine.parts.binding, _kinds_by_name(reader), reader.read, saved["scalars"], saved["groups"]
+        engine.parts.binding,
+        _kinds_by_name(reader),
+        reader.read,
+        saved["scalars"],
+        saved["groups"],
+        zero_state.empty_state if swap is None else swap.empty_state,
     )
 
 

@@ -31,7 +31,8 @@ def shelf_for(config: Config, device: torch.device) -> Shelf:
     disks: dict[Kind, DiskSettings] = {}
     sections: list[tuple[Kind, OffloadParam | OffloadOptimizer]]
     sections = [("weights", zero.offload_param), ("states", zero.offload_optimizer)]
-    io = IoSettings(config.aio.block_size, config.aio.queue_depth, max(2, config.aio.intra_op_parallelism))
+    named = {_IO_FIELDS[key]: getattr(config.aio, key) for key in config.aio.model_fields_set if key in _IO_FIELDS}
+    io = IoSettings(**named)
     for kind, section in sections:
         if section.device == "nvme":
             folder = Path(os.path.expanduser(str(section.nvme_path)))
@@ -64,4 +65,5 @@ def state_swap_for(config: Config, groups: list[ShardGroup], binding: Binding, s
     return StateSwap(groups, binding, shelf.courier("states"), settings)
 
 
+_IO_FIELDS = {"block_size": "block_bytes", "queue_depth": "queue_depth", "intra_op_parallelism": "num_threads"}
 _PLACES = {"none": Place.DEVICE, "cpu": Place.HOST, "nvme": Place.DISK}

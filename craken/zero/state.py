@@ -79,14 +79,23 @@ def refresh(groups: Sequence[ShardGroup]) -> None:
             arrival.wait()
 
 
+def empty_state(fragment: MasterFragment, key: str) -> Tensor:
+    """Return undefined values beside a fragment's master."""
+    return torch.empty_like(fragment.tensor, requires_grad=False)
+
+
 def load_optimizer(
     binding: Binding,
     kinds_of: Callable[[str], Sequence[str]],
     read: Callable[[str, ShardSpec, Tensor], None],
     saved_scalars: dict[str, dict[str, Any]],
     saved_options: Sequence[dict[str, Any]],
+    new_state: Callable[[MasterFragment, str], Tensor] = empty_state,
 ) -> None:
-    """Fill the optimizer's states; `kinds_of(fqn)` names the kinds of pieces that were saved for a parameter."""
+    """Fill the optimizer's states; `kinds_of(fqn)` names the kinds of pieces that were saved for a parameter.
+
+    new_state: makes the tensor for a fragment's state of a key, where it is to rest.
+    """
     optimizer = binding.optimizer
     if len(saved_options) != len(optimizer.param_groups):
         raise ValueError(
@@ -102,9 +111,9 @@ def load_optimizer(
         state = {key: _copied(value, fragment) for key, value in saved_scalars[name].items()}
         for kind in kinds_of(name):
             if kind.startswith(OPTIMIZER):
-                tensor = torch.empty_like(fragment.tensor, requires_grad=False)
-                read(kind, fragment.spec, tensor.view(-1))
-                state[kind.removeprefix(OPTIMIZER)] = tensor
+                key = kind.removeprefix(OPTIMIZER)
+                state[key] = new_state(fragment, key)
+                read(kind, fragment.spec, state[key].view(-1))
         optimizer.state[fragment.tensor] = state
 
 

@@ -23,7 +23,7 @@ from craken.zero.courier import Courier
 from craken.zero.group import MasterFragment, ShardGroup
 from craken.zero.placement import Place
 from craken.zero.shelf import Resting
-from craken.zero.state import tensor_states
+from craken.zero.state import empty_state, tensor_states
 
 _MASTER = "master"
 
@@ -78,6 +78,13 @@ class StateSwap:
         if not self._settings.writes_behind:
             self._courier.wait()
 
+    def empty_state(self, fragment: MasterFragment, key: str) -> Tensor:
+        """Return undefined values for a state of a fragment, in its file if that is where it rests."""
+        for swapped in self._swapped.values():
+            if (place := swapped.place_of(fragment, key)) is not None:
+                return place
+        return empty_state(fragment, key)
+
     def wait(self) -> None:
         """Return when all is back in the files."""
         self._courier.wait()
@@ -125,6 +132,15 @@ class _Swapped:
 
     def read_into(self, buffer: Tensor) -> list[Ticket]:
         return [self._file(key).read(flat) for key, flat in self.flats_in(buffer).items()]
+
+    def place_of(self, fragment: MasterFragment, key: str) -> Tensor | None:
+        """Return a state's place in its file, which is made if need be; None for another group's fragment."""
+        for mine, offset in zip(self._fragments, self._offsets, strict=True):
+            if mine.tensor is fragment.tensor:
+                if key not in self._resting:
+                    self._resting[key] = self._new_file(key, fragment.tensor.dtype)
+                return _part(self._resting[key].flat, fragment, offset)
+        return None
 
     def write(self, flats: Mapping[str, Tensor]) -> list[Ticket]:
         """Start to write what an update left in `flats`; the tensors are views of the files again."""

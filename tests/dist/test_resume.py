@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 STEPS, SAVED_AT = 6, 3
+OFFLOADS = ("offload_optimizer", "offload_param")
 
 
 class Model(nn.Module):
@@ -30,7 +31,7 @@ class Model(nn.Module):
         return self.last(F.dropout(self.frozen(self.first(x)).relu(), 0.2, self.training))
 
 
-def start(stage: int, precision: str, seed: int) -> Any:
+def start(stage: int, precision: str, seed: int, swap_folder: str = "") -> Any:
     import craken
 
     torch.manual_seed(seed)
@@ -41,7 +42,12 @@ def start(stage: int, precision: str, seed: int) -> Any:
         "gradient_accumulation_steps": 2,
         "optimizer": {"type": "AdamW", "params": {"lr": 1e-2}},
         "scheduler": {"type": "WarmupLR", "params": {"warmup_max_lr": 1e-2, "warmup_num_steps": 4}},
-        "zero_optimization": {"stage": stage, "reduce_bucket_size": 100, "stage3_param_persistence_threshold": 20},
+        "zero_optimization": {
+            "stage": stage,
+            "reduce_bucket_size": 100,
+            "stage3_param_persistence_threshold": 20,
+            **({name: {"device": "nvme", "nvme_path": swap_folder} for name in OFFLOADS} if swap_folder else {}),
+        },
         "bf16": {"enabled": precision == "bf16"},
         "fp16": {"enabled": precision == "fp16", "auto_cast": True, "initial_scale_power": 8},
     }
@@ -66,10 +72,10 @@ def train(engine: Any, batches: Any, num_steps: int) -> list[float]:
     return losses
 
 
-def uninterrupted_and_resumed(folder: str, stage: int, precision: str) -> None:
+def uninterrupted_and_resumed(folder: str, stage: int, precision: str, swap_folder: str = "") -> None:
     from craken.engine import RepeatingLoader
 
-    engine, _, loader, scheduler = start(stage, precision, seed=dist.get_rank())
+    engine, _, loader, scheduler = start(stage, precision, dist.get_rank(), swap_folder)
     batches = iter(RepeatingLoader(loader))
     train(engine, batches, SAVED_AT)
     assert engine.save_checkpoint(folder, client_state={"note": ("a", 1)})
@@ -80,7 +86,7 @@ def uninterrupted_and_resumed(folder: str, stage: int, precision: str) -> None:
 
     torch.manual_seed(1234 + dist.get_rank())
     random.seed(dist.get_rank())
-    engine, _, loader, scheduler = start(stage, precision, seed=99)
+    engine, _, loader, scheduler = start(stage, precision, 99, swap_folder)
     path, client = engine.load_checkpoint(folder)
     assert path == str(Path(folder) / f"global_step{SAVED_AT}")
     assert client == {"note": ("a", 1)}
@@ -96,6 +102,11 @@ def uninterrupted_and_resumed(folder: str, stage: int, precision: str) -> None:
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_resuming_continues_the_curve_to_the_bit(run_ranks, tmp_path, stage, precision) -> None:
     run_ranks(uninterrupted_and_resumed, 2, str(tmp_path), stage, precision)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_states_in_files_are_saved_and_resumed_to_the_bit(run_ranks, tmp_path, precision) -> None:
+    run_ranks(uninterrupted_and_resumed, 2, str(tmp_path / "saved"), 3, precision, str(tmp_path / "swap"))
 
 
 def save_under(folder: str, stage: int) -> list[float]:
