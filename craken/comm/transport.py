@@ -104,14 +104,13 @@ class PointToPoint:
         numel = full.numel() // self._axis.size
         _record("reduce_scatter", full, self._axis, label)
         received = [torch.empty(numel, dtype=full.dtype, device=full.device) for _ in self._peers]
-        parts = torch.split(full, numel)
+        parts = torch.chunk(full, self._axis.size)
         works = self._exchange(sends=[parts[peer] for peer in self._peers], receives=received)
         return Pending(works, lambda: add_up(own, received, out, add=add), f"reduce-scatter of {label}")
 
     def all_gather(self, full: Tensor, *, label: str) -> Pending:
-        numel = full.numel() // self._axis.size
         _record("all_gather", full, self._axis, label)
-        parts = torch.split(full, numel)
+        parts = torch.chunk(full, self._axis.size)
         mine = [parts[self._axis.rank]] * len(self._peers)
         works = self._exchange(sends=mine, receives=[parts[peer] for peer in self._peers])
         return Pending(works, None, f"all-gather of {label}")

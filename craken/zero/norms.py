@@ -28,4 +28,10 @@ def sum_of_squares(norms: Iterable[Sequence[Tensor]]) -> float:
     Waits for the device: the norms are all on one.
     """
     listed = [norm for of_flat in norms for norm in of_flat]
-    return math.fsum(norm * norm for norm in torch.stack(listed).tolist()) if listed else 0.0
+    return math.fsum(norm * norm for norm in _values(listed))
+
+
+def _values(scalars: Sequence[Tensor]) -> list[float]:
+    if scalars and scalars[0].is_cuda:
+        return [float(value) for value in torch.stack(list(scalars)).tolist()]
+    return [scalar.item() for scalar in scalars]  # a stack of one costs as much as the norm itself
