@@ -39,7 +39,13 @@ class QuantisedGather:
         messages = _messages(_EIGHT, (axis.size,), rows.shape[1], full)
         _EIGHT.quantise(rows.narrow(0, axis.rank, 1), messages.narrow(0, axis.rank, 1))
         gather = self._channel.transport.all_gather(messages.view(-1), label=label)
-        return Pending([gather], lambda: _EIGHT.dequantise(messages, rows), f"quantised all-gather of {label}")
+
+        def finish() -> None:
+            if messages.is_cuda:  # it may have been started on another stream, whose memory this is
+                messages.record_stream(torch.cuda.current_stream())
+            _EIGHT.dequantise(messages, rows)
+
+        return Pending([gather], finish, f"quantised all-gather of {label}")
 
 
 class QuantisedReduce:

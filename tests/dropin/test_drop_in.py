@@ -20,7 +20,8 @@ deepspeed.comm: init_distributed is_initialized get_rank get_world_size get_loca
 deepspeed.comm: all_gather_into_tensor reduce_scatter_tensor all_to_all_single send recv isend irecv reduce gather
 deepspeed.comm: scatter all_gather broadcast new_group destroy_process_group get_global_rank get_world_group
 deepspeed.accelerator: get_accelerator
-deepspeed.zero: GatheredParameters Init register_external_parameter unregister_external_parameter ZeroParamStatus
+deepspeed.zero: GatheredParameters Init MiCS_Init ZeroParamStatus
+deepspeed.zero: register_external_parameter unregister_external_parameter
 deepspeed.runtime.zero.partition_parameters: Init GatheredParameters ZeroParamStatus register_external_parameter
 deepspeed.runtime.zero.partition_parameters: zero_wrapper_for_fp_tensor_constructor _orig_torch_arange get_accelerator
 deepspeed.utils: logger log_dist RepeatingLoader

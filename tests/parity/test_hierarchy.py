@@ -19,7 +19,7 @@ import torch
 from tests.parity.case import Case
 from tests.parity.mesh_run import HPZ, MICS, PLAIN_TRAITS, PSI, elements, flat, runs_of, train, train_each
 from tests.parity.model import Traits, tiny_gpt
-from tests.parity.side_by_side import Pair, error, inputs
+from tests.parity.side_by_side import Pair, error, inputs, two_paths
 from tests.parity.test_losses import assert_ranks_agree, mean_losses
 
 # ---- MiCS ----
@@ -112,6 +112,27 @@ def edited() -> None:
 
 def test_an_edit_reaches_all_replicas(run_ranks) -> None:
     run_ranks(edited, 4)
+
+
+def built_in_shards() -> None:
+    """Parameters that are built as shards over all ranks move to the shard axis of the engine that takes them."""
+    import craken
+
+    config = Case(world_size=4).config(3)
+    config["zero_optimization"].update(MICS)
+    with craken.Init(config_dict_or_path=config):
+        model = two_paths()
+    assert all(param.shape == (0,) for param in model.parameters())
+    pair = Pair(3, model, config={"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0, **MICS}})
+    for step in range(2):
+        pair.step_both(step)
+        pair.assert_same_weights()
+    assert {group.layout.world_size for group in pair.engine.groups} == {2}
+    pair.close()
+
+
+def test_a_model_built_under_init_trains_with_mics(run_ranks) -> None:
+    run_ranks(built_in_shards, 4)
 
 
 # ---- hpZ ----
