@@ -75,7 +75,7 @@ def states_of_kinds(
         if MASTERS in kinds and not group.master_is_kept:
             yield group.master
         if WEIGHTS in kinds:
-            yield group.full if group.weights is None else group.kept
+            yield from [group.full] if group.weights is None else [group.kept, *group.weights.nearby]
         if GRADIENTS in kinds:
             yield from group.gradients.on_device
 
