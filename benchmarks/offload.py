@@ -86,7 +86,7 @@ def timed(step: Callable[[], float], engine: Any, steps: argparse.Namespace) -> 
 
     from craken.comm import get_accelerator
 
-    accelerator, walls, losses = get_accelerator(), [], []
+    accelerator, walls, cpus, losses = get_accelerator(), [], [], []
     before, begin_s = {}, 0.0
     for number in range(steps.warmup + steps.steps):
         if number == steps.warmup:
@@ -94,15 +94,17 @@ def timed(step: Callable[[], float], engine: Any, steps: argparse.Namespace) -> 
             Path("/proc/self/clear_refs").write_text("5")
             before, begin_s = traffic_of(engine), time.perf_counter()
         dist.barrier()
-        wall = time.perf_counter()
+        wall, cpu = time.perf_counter(), time.process_time()
         losses.append(step())
         accelerator.synchronize()
+        cpus.append(time.process_time() - cpu)
         dist.barrier()
         walls.append(time.perf_counter() - wall)
     elapsed_s = time.perf_counter() - begin_s
     moved = {key: value - before[key] for key, value in traffic_of(engine).items()}
     return {
         "step_ms": 1000 * statistics.median(walls[steps.warmup :]),
+        "cpu_ms": 1000 * statistics.median(cpus[steps.warmup :]),
         "device_mb": accelerator.max_memory_allocated() / 2**20,
         "host_mb": train_step.peak_mb(),
         "ledger": engine.memory_ledger(),
@@ -135,7 +137,7 @@ def plain_disk(folder: Path) -> dict[str, float]:
 def summary(ranks: list[dict[str, Any]]) -> dict[str, float]:
     """Put the ranks of one run together: the slowest one's time, the largest one's memory, the sum of what moved."""
     num_steps = ranks[0]["num_steps"]
-    row = {key: max(rank[key] for rank in ranks) for key in ("step_ms", "device_mb", "host_mb", "busy")}
+    row = {key: max(rank[key] for rank in ranks) for key in ("step_ms", "cpu_ms", "device_mb", "host_mb", "busy")}
     row |= {f"{place}_ledger_mb": max(rank["ledger"].get(place, 0) for rank in ranks) / 2**20 for place in PLACES}
     for name in ("read", "written"):
         row[f"{name}_gb"] = sum(rank["traffic"][f"{name}_bytes"] for rank in ranks) / num_steps / 1e9
@@ -159,6 +161,7 @@ PLACES = ("device", "host", "nvme")
 COLUMNS = {
     "step_ms": ("step ms", ".0f"),
     "x_first": ("x first", ".2f"),
+    "cpu_ms": ("cpu ms", ".0f"),
     "device_mb": ("device MB", ".0f"),
     "host_mb": ("host MB", ".0f"),
     **{f"{place}_ledger_mb": (f"in {place}", ".0f") for place in PLACES},
