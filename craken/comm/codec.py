@@ -60,7 +60,8 @@ class Codec:
 
     def _quantise_piece(self, values: Tensor, codes: Tensor, scales: Tensor) -> None:
         blocks = _in_blocks(values)  # [rows, blocks, BLOCK]
-        scale = blocks.abs().amax(-1).div_(self.largest_code)
+        # by a tensor: division by a number is multiplication by its inverse on CUDA, and not on the host
+        scale = blocks.abs().amax(-1).div_(blocks.new_full((), self.largest_code))
         scales.copy_(torch.where(scale.isfinite(), scale, torch.nan))
         divisor = torch.where(scale > 0, scale, 1.0).unsqueeze(-1)  # of zeros: anything
         # clamped, as a scale below 1e-38 is rounded itself

@@ -54,9 +54,9 @@ class GroupGradients:
         self.has_reduced = False
         self.touched = [False] * len(shapes)
         link = wire.shelf.link
-        self._leaves_device = rules.placement.states is not Place.DEVICE and not link.host_is_device
+        self.leaves_device = rules.placement.states is not Place.DEVICE and not link.host_is_device
         # where replicas add theirs, a sum over the axis stays until they have
-        self._sends_each_sum = self._leaves_device and wire.replication is None
+        self._sends_each_sum = self.leaves_device and wire.replication is None
         self._total: Tensor | None = None
         self._has_total = False
         self._on_host: Tensor | None = None
@@ -75,7 +75,7 @@ class GroupGradients:
             self._pending, self._places = self._pending.to(self._pending_dtype), []
         if self._retained is not None:
             self._retained = self._retained.to(self.accumulate_dtype)
-        if self._leaves_device and (self.has_reduced if self._sends_each_sum else self._has_total):
+        if self.leaves_device and (self.has_reduced if self._sends_each_sum else self._has_total):
             shard, self._on_host = self.reduced, None
             self._host_sum().copy_(shard)
         if self._total is not None:
@@ -203,7 +203,7 @@ class GroupGradients:
     def _settle_total(self) -> None:
         shard, self._reduced_shard = self._reduced_shard, None
         assert shard is not None
-        if self._leaves_device:
+        if self.leaves_device:
             self._send_to_host(shard, adds=self._has_total)
         else:
             self._total = shard if self._total is None else self._total.add_(shard)
@@ -279,7 +279,7 @@ class GroupGradients:
     def reduced(self) -> Tensor:
         """The summed gradient in the accumulate dtype: [shard_numel], or [padded_numel] with the optimizer FULL."""
         assert self.has_reduced, f"{self.label} has no reduced gradient"
-        if self._leaves_device:
+        if self.leaves_device:
             self._arrival.wait_on_host()
             return self._host_sum()
         if self._retained is not None:
@@ -294,7 +294,7 @@ class GroupGradients:
 
     def norms(self) -> Sequence[Tensor]:
         """Return the L2 norms of the pieces of `own_reduced`, on the device."""
-        if not self._leaves_device:
+        if not self.leaves_device:
             return piece_norms(self.own_reduced())
         self._arrival.wait()
         return self._norms

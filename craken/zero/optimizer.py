@@ -71,6 +71,7 @@ class ShardedStep:
         """swap: brings states to hand that rest in files."""
         self.optimizer, self.groups = binding.optimizer, list(groups)
         self._reducer, self._stepping, self._swap = reducer, stepping, swap
+        self._scratch: Tensor | None = None
         shares = [Share(group.master.numel(), group.rules.placement.states) for group in groups]
         every = [range(len(groups))] if groups else []
         self._chunks = plan_chunks(shares, max_numel=stepping.max_numel) if stepping.in_chunks else every
@@ -145,7 +146,7 @@ class ShardedStep:
             group = self.groups[index]
             if not group.gradients.has_reduced:
                 continue
-            grads = group.gradients.reduced.to(group.master.dtype)
+            grads = self._in_master_dtype(group)
             if not self._stepping.takes_grad_scale and scale != 1.0:
                 grads.div_(scale)
             active += self._hand_out(index, grads, touched[index])
@@ -161,6 +162,16 @@ class ShardedStep:
                 tensor = fragment.tensor
                 tensor.grad = grad if tensor.dim() == 1 else grad.view(tensor.shape)
                 yield tensor
+
+    def _in_master_dtype(self, group: ShardGroup) -> Tensor:
+        """Return the reduced gradient [as the master] in the master's dtype, until the next chunk's."""
+        reduced, dtype = group.gradients.reduced, group.master.dtype
+        if reduced.dtype == dtype or not group.gradients.leaves_device:
+            return reduced.to(dtype)
+        # on the host fresh memory costs more to fault in than to fill
+        if self._scratch is None or self._scratch.numel() < reduced.numel():
+            self._scratch = torch.empty_like(reduced, dtype=dtype)
+        return self._scratch[: reduced.numel()].copy_(reduced)
 
     def _run_optimizer(self, active: Sequence[nn.Parameter], scale: float) -> None:
         if self._stepping.takes_grad_scale and scale != 1.0:

@@ -38,5 +38,5 @@ def test_replicas_of_offloaded_states_train_alike(run_ranks) -> None:
     zeros = [{}, offload, {"mics_shard_size": 1}, {"mics_shard_size": 1, **offload}]
     (trained,) = run_ranks(train_each, 1, case, zeros, joins_world=False)
     for offloaded, on_device in ((1, 0), (3, 2)):
-        assert trained[offloaded].run.losses == pytest.approx(trained[on_device].run.losses, rel=1e-3)
+        assert trained[offloaded].run.losses == pytest.approx(trained[on_device].run.losses, rel=5e-3)
     assert trained[2].run.losses == trained[0].run.losses

@@ -20,7 +20,8 @@ pytestmark = [
 ]
 
 
-def train(case: Case, stage: int, states: str, weights: str, folder: str) -> tuple[list[float], dict[str, torch.Tensor]]:
+def train(case: Case, stage: int, states: str, weights: str, folder: str) -> Any:
+    """Return the losses and the weights at the end."""
     import craken
 
     config = case.config(stage)
@@ -55,8 +56,8 @@ def test_offload_trains_alike(run_ranks, tmp_path: Path, stage, states, weights,
         torch.testing.assert_close(offloaded[1][name], weight, rtol=1e-4, atol=1e-4 if dtype == "fp32" else 1e-2)
 
 
-def peak(states: str, weights: str, frozen: bool) -> tuple[int, dict[str, int]]:
-    """Return the device's peak over what the activations take anyway, and the ledger."""
+def peak(states: str, weights: str, frozen: bool) -> tuple[int, int, dict[str, int]]:
+    """Return the device's peak in the third step, its peak before that, and the ledger."""
     import craken
 
     model = nn.Sequential(*(nn.Sequential(nn.Linear(2048, 2048), nn.ReLU()) for _ in range(24)))
@@ -76,49 +77,68 @@ def peak(states: str, weights: str, frozen: bool) -> tuple[int, dict[str, int]]:
     }
     torch.cuda.reset_peak_memory_stats()
     engine, *_ = craken.initialize(model=model, config=config)
-    for _ in range(3):
+    for step in range(3):
+        if step == 2:
+            torch.cuda.synchronize()
+            before = torch.cuda.max_memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
         x = torch.ones(8, 2048, dtype=torch.bfloat16, device="cuda", requires_grad=True)
         engine.backward(engine(x).float().square().mean())
         engine.step()
     torch.cuda.synchronize()
-    found = torch.cuda.max_memory_allocated(), engine.memory_ledger()
+    found = torch.cuda.max_memory_allocated(), before, engine.memory_ledger()
     engine.destroy()
     return found
 
 
-def peaks(frozen: bool) -> list[tuple[int, dict[str, int]]]:
+def peaks(frozen: bool) -> list[tuple[int, int, dict[str, int]]]:
+    peak("none", "none", frozen)  # the libraries' workspaces
     return [peak(*where, frozen) for where in (("none", "none"), ("cpu", "none"), ("none", "cpu"), ("cpu", "cpu"))]
 
 
 @pytest.mark.parametrize("frozen", [False, True], ids=["all trained", "one block of 24 trained"])
 def test_offload_never_raises_the_peak_of_the_device(run_ranks, frozen) -> None:
     (found,) = run_ranks(peaks, 1, frozen, joins_world=False)
-    (plain, _), (states, _), (weights, ledger), (both, _) = found
-    assert states <= plain
-    assert weights <= plain
-    assert both <= min(states, weights)
+    print(found)
+    (plain, plain_before, _), (states, *_), (weights, weights_before, ledger), (both, both_before, _) = found
+    assert max(states, weights) <= plain, found
+    assert both <= min(states, weights), found
+    assert max(weights_before, both_before) <= plain_before, found
     numel = 24 * (2048 * 2048 + 2048)
-    assert plain - both > 2 * numel * (0.8 if frozen else 6), f"{found}: what left the device is not free there"
+    assert plain - both > 2 * numel * (0.7 if frozen else 5), f"{found}: what left the device is not free there"
     if frozen:  # the large frozen part rests on the host, the small trained one has its states on the device
-        assert ledger["host"] > 0.9 * 2 * numel
-        assert 0 < ledger["device"] < 0.1 * 14 * numel
+        assert ledger["host"] > 0.9 * 2 * numel, found
+        assert 0 < ledger["device"] < 0.1 * 14 * numel, found
 
 
-def states_come_back() -> None:
+def states_come_back() -> list[tuple[int, int, int]]:
     import craken
 
-    model = tiny_gpt()
-    engine, *_ = craken.initialize(model=model, config=Case("bf16", 1, device="cuda").config(2))
+    model = nn.Sequential(*(nn.Linear(1024, 1024) for _ in range(8)))
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-3}},
+        "bf16": {"enabled": True},
+        "zero_optimization": {"stage": 2},
+    }
+    engine, *_ = craken.initialize(model=model, config=config)
+    found = []
     for step in range(3):
         held = torch.cuda.memory_allocated()
         if step:
             engine.offload_states()
-            assert torch.cuda.memory_allocated() < held / 2
+            away = torch.cuda.memory_allocated()
             engine.reload_states()
-        engine.backward(engine(batch(step, 0, 0)))
+            found.append((held, away, torch.cuda.memory_allocated()))
+        engine.backward(engine(torch.ones(4, 1024, dtype=torch.bfloat16, device="cuda")).float().square().mean())
         engine.step()
     engine.destroy()
+    return found
 
 
 def test_states_leave_the_device_and_return(run_ranks) -> None:
-    run_ranks(states_come_back, 1, joins_world=False)
+    (found,) = run_ranks(states_come_back, 1, joins_world=False)
+    num_bytes = 14 * 8 * (1024 * 1024 + 1024)
+    for held, away, back in found:
+        assert held - away > 0.95 * num_bytes, found
+        assert back == held, found
