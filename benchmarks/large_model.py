@@ -3,8 +3,8 @@
     python benchmarks/large_model.py --billions 7 --micro-batch 4 --accumulation 4
     python benchmarks/large_model.py --billions 13 --ratio 0.5
 
-All parameters train, in bf16 with fp32 masters and Adam's moments (12 bytes a parameter); gradients wait for the step in
-16 bits. `--ratio` keeps the rest of the states on the device. Activations are recomputed in backward. One batch of
+All parameters train, in bf16 with fp32 masters and Adam's moments (12 bytes a parameter); gradients wait for the step
+in 16 bits. `--ratio` keeps the rest of the states on the device. Activations are recomputed in backward. One batch of
 random tokens is learnt by heart: the loss must fall. Needs transformers; prints one table.
 """
 
@@ -39,7 +39,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--ratio", type=float, default=1.0, help="share of the states on the host; below 1 at stage 3")
     parser.add_argument("--micro-batch", type=int, default=4)
     parser.add_argument("--accumulation", type=int, default=1)
-    parser.add_argument("--bucket", type=int, default=0, help="ceiling of a shard group in elements; 0: the default")
+    parser.add_argument("--bucket", type=int, default=500_000_000, help="ceiling of a shard group, in elements")
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--steps", type=int, default=4, help="the first one is left out of the figures")
     return parser.parse_args()
@@ -60,11 +60,8 @@ def config_of(options: argparse.Namespace) -> dict[str, Any]:
             "stage": options.stage,
             "offload_optimizer": states,
             "offload_param": params,
-            **(
-                {"reduce_bucket_size": options.bucket, "allgather_bucket_size": options.bucket}
-                if options.bucket
-                else {}
-            ),
+            "reduce_bucket_size": options.bucket,
+            "allgather_bucket_size": options.bucket,
         },
     }
 
