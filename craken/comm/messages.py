@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from craken.comm.mesh import MeshAxis
+from craken.comm.watchdog import Call, RanksDisagreeError, post
 
 CONTROL = 1023  # the transport number, of 0 to 1023, that control messages use
 CALLS_A_TRANSPORT = 1 << 20  # tags are 31 bits
@@ -61,11 +62,12 @@ def exchange(outgoing: Tensor, inbox: Mapping[int, Tensor], axis: MeshAxis, what
     assert group is not None, "an axis of several ranks has a group"
     calls = _calls.get(group) or _calls.setdefault(group, itertools.count())
     tag = CONTROL * CALLS_A_TRANSPORT + next(calls) % CALLS_A_TRANSPORT
-    works = [group.recv([tensor], peer, tag) for peer, tensor in inbox.items()]
-    works += [group.send([outgoing], peer, tag) for peer in inbox]
+    messages = post(Call(what, tag, axis), sends=[(peer, outgoing) for peer in inbox], receives=inbox.items())
     try:
-        for work in works:
-            work.wait()
+        for message in messages:
+            message.wait()
+    except RanksDisagreeError:
+        raise
     except RuntimeError as error:
         raise RuntimeError(
             f"{what} did not complete: {error}. Another rank died, stands still, or took another way; look for the "

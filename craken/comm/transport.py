@@ -12,12 +12,14 @@ own, own+1, ..., own-1: a shard's sum is the same to the bit whatever the stage.
 all-to-all for the same reason, fp32 through its reduce-scatter.
 
 Calls return a `Pending`; `wait()` completes it. A rank issues the same calls in the same order as all others: messages
-carry a tag made from the call's number, so ranks out of step wait (and time out by name) rather than mix data.
+carry a tag made from the call's number and its label, so ranks out of step wait (watchdog.py) rather than mix data.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -30,8 +32,12 @@ from craken.comm import events
 from craken.comm.mesh import MeshAxis
 from craken.comm.messages import CALLS_A_TRANSPORT, CONTROL
 from craken.comm.objects import gather_objects
+from craken.comm.watchdog import Call, Message, RanksDisagreeError, post
 
 _numbers = itertools.count()
+
+# of a tag's 20 bits: more calls than are ever under way, and labels, of which two are the same once in 4096
+_CALLS, _LABELS = 1 << 8, CALLS_A_TRANSPORT >> 8
 
 reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -52,6 +58,8 @@ class Pending:
         try:
             for work in self._works:
                 work.wait()
+        except RanksDisagreeError:
+            raise
         except RuntimeError as error:
             raise RuntimeError(
                 f"{self._context} did not complete: {error}. Another rank died, stands still, or called backward() or "
@@ -105,32 +113,34 @@ class PointToPoint:
         _record("reduce_scatter", full, self._axis, label)
         received = [torch.empty(numel, dtype=full.dtype, device=full.device) for _ in self._peers]
         parts = torch.chunk(full, self._axis.size)
-        works = self._exchange(sends=[parts[peer] for peer in self._peers], receives=received)
+        works = self._exchange(
+            f"reduce-scatter of {label}", sends=[parts[peer] for peer in self._peers], receives=received
+        )
         return Pending(works, lambda: add_up(own, received, out, add=add), f"reduce-scatter of {label}")
 
     def all_gather(self, full: Tensor, *, label: str) -> Pending:
         _record("all_gather", full, self._axis, label)
         parts = torch.chunk(full, self._axis.size)
         mine = [parts[self._axis.rank]] * len(self._peers)
-        works = self._exchange(sends=mine, receives=[parts[peer] for peer in self._peers])
-        return Pending(works, None, f"all-gather of {label}")
+        what = f"all-gather of {label}"
+        works = self._exchange(what, sends=mine, receives=[parts[peer] for peer in self._peers])
+        return Pending(works, None, what)
 
     def all_to_all(self, outbox: Tensor, inbox: Tensor, *, label: str) -> Pending:
         _record("all_to_all", outbox, self._axis, label)
-        works = self._exchange(
-            sends=[outbox[peer] for peer in self._peers], receives=[inbox[peer] for peer in self._peers]
-        )
-        return Pending(works, None, f"all-to-all of {label}")
+        what = f"all-to-all of {label}"
+        sends, receives = [outbox[peer] for peer in self._peers], [inbox[peer] for peer in self._peers]
+        return Pending(self._exchange(what, sends=sends, receives=receives), None, what)
 
-    def _exchange(self, sends: Sequence[Tensor], receives: Sequence[Tensor]) -> list[Waitable]:
+    def _exchange(self, what: str, *, sends: Sequence[Tensor], receives: Sequence[Tensor]) -> list[Message]:
         """Start one message to and one from every peer, given in the order of `_peers`."""
-        tag, group = self._first_tag + self._calls % CALLS_A_TRANSPORT, self._axis.group
+        tag = self._first_tag + (self._calls % _CALLS) * _LABELS + _number_of(what)
         self._calls += 1
-        assert group is not None, "an axis of several ranks has a group"
-        # the group's own calls: isend and irecv check what holds here by construction, at 7 us a message
-        works: list[Waitable] = [group.recv([t], peer, tag) for peer, t in zip(self._peers, receives, strict=True)]
-        works += [group.send([t], peer, tag) for peer, t in zip(self._peers, sends, strict=True)]
-        return works
+        return post(
+            Call(what, tag, self._axis),
+            sends=zip(self._peers, sends, strict=True),
+            receives=zip(self._peers, receives, strict=True),
+        )
 
 
 class Native:
@@ -221,6 +231,11 @@ def start_sum(values: Tensor, channel: Channel, *, label: str) -> Pending:
             values.copy_(padded[: values.numel()])
 
     return Pending([scatter], finish, f"sum of {label} over {axis.name}")
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def _number_of(label: str) -> int:
+    return zlib.crc32(label.encode()) % _LABELS
 
 
 def add_up(own: Tensor, received: Sequence[Tensor], out: Tensor, *, add: bool) -> None:

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from craken.comm.accelerator import get_accelerator
+from craken.comm.watchdog import stop_watching
 from craken.log import logger
 
 DEFAULT_TIMEOUT = timedelta(minutes=30)
@@ -85,6 +86,7 @@ def init_distributed(
 
 def shutdown() -> None:
     """Take the process group down, if there is one."""
+    stop_watching()
     if is_initialized():
         dist.destroy_process_group()
 

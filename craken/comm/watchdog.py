@@ -1,0 +1,250 @@
+"""Finds ranks that wait for each other for good, and has all of them raise, naming who waits for what.
+
+    rank 0   wait for weights of block 1 ....................... released | raise
+    rank 1   wait for weights of block 2 ....................... released | raise
+    watchdog          | PATIENCE_S later: every rank's tells the store what its rank waits for, again and again
+    rank 0's          |                   all ranks wait, and no call has all of its ranks: the verdict
+    every rank's      |                   sends and takes the messages that others wait for, of no use to anybody
+
+A rank that computes tells nothing, so that others go on waiting for it; so they do when all wait for the same. gloo's
+waits can neither be interrupted nor tried for a while (one that times out closes the connection for good), hence the
+messages in place of the missing ones. Between two looks the thread sleeps: a wait costs it nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import threading
+import time
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from craken.comm.mesh import MeshAxis
+
+PATIENCE_S = 30.0
+_VERDICT, _TOLD = "verdict", "told"  # keys in the store, beside one a rank
+
+
+class RanksDisagreeError(RuntimeError):
+    """The ranks wait for each other; raised on all of them."""
+
+
+class Call(NamedTuple):
+    """A collective made of messages, as every rank that takes part knows it."""
+
+    what: str
+    tag: int
+    axis: MeshAxis
+
+
+class Message(NamedTuple):
+    """A message under way, to or from a peer on the call's axis."""
+
+    call: Call
+    work: Any
+    tensor: Tensor
+    peer: int
+    is_sent: bool
+
+    def wait(self) -> None:
+        """Return when the message has gone or come; RanksDisagreeError if it never will."""
+        _watchdog.wait(self)
+
+
+def post(call: Call, *, sends: Iterable[tuple[int, Tensor]], receives: Iterable[tuple[int, Tensor]]) -> list[Message]:
+    """Start a call's messages, given as (peer on the axis, tensor)."""
+    group = call.axis.group
+    assert group is not None, "an axis of several ranks has a group"
+    # the group's own calls: isend and irecv check what holds here by construction, at 7 us a message
+    messages = [Message(call, group.recv([t], peer, call.tag), t, peer, is_sent=False) for peer, t in receives]
+    messages += [Message(call, group.send([t], peer, call.tag), t, peer, is_sent=True) for peer, t in sends]
+    return messages
+
+
+class Waiting(NamedTuple):
+    """What a rank tells of the message it waits for; ranks are the job's. `beat` says that it is told anew."""
+
+    what: str
+    call: str
+    members: list[int]
+    rank: int
+    peer: int
+    group: str
+    tag: int
+    num_bytes: int
+    is_sent: bool
+    number: int
+    beat: int
+
+
+def is_deadlock(waits: Sequence[Waiting]) -> bool:
+    """Say whether ranks that all wait can never go on: no call is waited for by every rank that takes part in it."""
+    calls = {wait.rank: wait.call for wait in waits}
+    return not any(all(calls.get(rank) == wait.call for rank in wait.members) for wait in waits)
+
+
+def explain(waits: Sequence[Waiting]) -> str:
+    """Word a deadlock: which ranks wait for what, and what to do."""
+    waiters: dict[str, list[str]] = {}
+    for wait in waits:
+        waiters.setdefault(wait.what, []).append(str(wait.rank))
+    each = [f"rank{'s' * (len(ranks) > 1)} {', '.join(ranks)} for the {what}" for what, ranks in waiters.items()]
+    return (
+        f"the ranks wait for each other: {'; '.join(each)}. Expected the same modules in the same order on every rank, "
+        "whatever its data. Where a module chooses among its children by the data (experts, branches), have its "
+        "weights gathered as one: set_z3_leaf_modules(model, [its class]) before initialize, or "
+        "zero_optimization.leaf_module in the config"
+    )
+
+
+class _Watchdog:
+    """Looks after the waits of this process; its thread lives as long as the process group."""
+
+    def __init__(self) -> None:
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._lock = threading.Lock()
+        self._reset()
+
+    def _reset(self) -> None:
+        self._waiting: tuple[Message, float, int] | None = None  # since when, and the how manieth wait
+        self._number = self._beat = 0
+        self._has_told = False
+        self._last: list[Waiting] = []  # what all ranks told when rank 0 looked last
+        self._verdict: str | None = None
+        self._answers: list[Any] = []  # messages of no use; dropping one would cancel it
+
+    def wait(self, message: Message) -> None:
+        if self._thread is None:
+            self._start()
+        if self._verdict is not None:
+            raise RanksDisagreeError(self._verdict)
+        self._number += 1
+        since = time.monotonic()
+        self._waiting = (message, since, self._number)
+        try:
+            message.work.wait()
+        except RuntimeError as error:
+            self._raise_verdict(error)  # others may have raised it first, and gone
+            raise
+        finally:
+            self._waiting = None
+        if self._verdict is not None or time.monotonic() - since >= PATIENCE_S:
+            self._raise_verdict(None)
+
+    def _raise_verdict(self, cause: Exception | None) -> None:
+        with contextlib.suppress(RuntimeError):  # the store may be gone with its host
+            self._take_verdict()
+        if self._verdict is not None:
+            self._await_others()
+            raise RanksDisagreeError(self._verdict) from cause
+
+    def _start(self) -> None:
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, args=(self._stop,), name="craken-watchdog", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Forget this process group; the thread ends when it looks next."""
+        self._stop.set()
+        self._thread = None
+        self._reset()
+
+    def _watch(self, stop: threading.Event) -> None:
+        while not stop.wait(PATIENCE_S / 4) and self._verdict is None:
+            try:
+                self._look()
+            except (RuntimeError, ValueError):  # the store or the process group is gone: the job ends
+                if not stop.is_set():
+                    self._thread = None
+                return
+
+    def _look(self) -> None:
+        waiting = self._waiting
+        if waiting is None or time.monotonic() - waiting[1] < PATIENCE_S:
+            if self._has_told:
+                self._has_told = False
+                _store().set(str(dist.get_rank()), "null")
+            return
+        self._has_told, self._beat = True, self._beat + 1
+        _store().set(str(dist.get_rank()), json.dumps(_told(waiting[0], waiting[2], self._beat)._asdict()))
+        if dist.get_rank() == 0:
+            self._judge()
+        self._take_verdict()
+
+    def _judge(self) -> None:
+        """Give the verdict once every rank has told the same twice, the second time after the first was read."""
+        keys = [str(rank) for rank in range(dist.get_world_size())]
+        told: list[Any] = [json.loads(text) for text in _store().multi_get(keys)] if _store().check(keys) else []
+        last, self._last = self._last, []
+        if len(told) < len(keys) or None in told:
+            return
+        now = self._last = [_read(wait) for wait in told]
+        stayed = len(last) == len(now) and all(
+            new.number == old.number and new.beat > old.beat for new, old in zip(now, last, strict=True)
+        )
+        if stayed and is_deadlock(now):
+            _store().set(_VERDICT, json.dumps([wait._asdict() for wait in now]))
+
+    def _take_verdict(self) -> None:
+        """Learn of a verdict, and let go whoever waits for this rank."""
+        with self._lock:
+            if self._verdict is None and _store().check([_VERDICT]):
+                waits = [_read(wait) for wait in json.loads(_store().get(_VERDICT))]
+                self._answers += [_answer(wait) for wait in waits if wait.peer == dist.get_rank()]
+                self._verdict = explain(waits)
+                _store().add(_TOLD, 1)
+
+    def _await_others(self) -> None:
+        """Stay until every rank has learnt of the verdict: connections close when a process ends."""
+        deadline = time.monotonic() + PATIENCE_S
+        with contextlib.suppress(RuntimeError):
+            while _store().add(_TOLD, 0) < dist.get_world_size() and time.monotonic() < deadline:
+                time.sleep(0.05)
+
+
+_watchdog = _Watchdog()
+
+
+def stop_watching() -> None:
+    """Let the watchdog go; called when the process group is taken down."""
+    _watchdog.stop()
+
+
+def _read(told: dict[str, Any]) -> Waiting:
+    return Waiting(**told)
+
+
+def _store() -> Any:
+    return torch._C._distributed_c10d.PrefixStore("craken/waits", dist.distributed_c10d._get_default_store())
+
+
+def _told(message: Message, number: int, beat: int) -> Waiting:
+    axis, group = message.call.axis, message.call.axis.group
+    assert group is not None
+    return Waiting(
+        what=message.call.what,
+        call=f"{group.group_name}/{message.call.tag}",
+        members=[axis.global_rank(rank) for rank in range(axis.size)],
+        rank=dist.get_rank(),
+        peer=axis.global_rank(message.peer),
+        group=group.group_name,
+        tag=message.call.tag,
+        num_bytes=message.tensor.nbytes,
+        is_sent=message.is_sent,
+        number=number,
+        beat=beat,
+    )
+
+
+def _answer(wait: Waiting) -> Any:
+    """Take, or send, the message that another rank waits for."""
+    group = torch._C._distributed_c10d._resolve_process_group(wait.group)  # type: ignore[arg-type]
+    buffer = torch.zeros(wait.num_bytes if wait.is_sent else 1, dtype=torch.uint8)
+    exchange = group.recv if wait.is_sent else group.send
+    return buffer, exchange([buffer], dist.get_group_rank(group, wait.rank), wait.tag)
