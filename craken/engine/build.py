@@ -27,6 +27,7 @@ from craken.zero import (
     CUDA_GROUP_BYTES,
     Binding,
     Budget,
+    Ceilings,
     GroupRules,
     HostShare,
     LiveBudget,
@@ -38,6 +39,7 @@ from craken.zero import (
     Stepping,
     Wire,
     is_castable,
+    mark_leaves,
     policy_for_stage,
     shard_model,
     take_out,
@@ -105,7 +107,7 @@ def build_parts(request: Request, config: Config, axis: MeshAxis, accelerator: A
     share = HostShare(config.zero_optimization.offload_optimizer.ratio)
     cuts = cuts_of(optimizer) if optimizer else {}
     plan = ShardingPlan(rules, *wires, _budget(config, wires.trained), cuts, share)
-    layers = shard_model(request.model, sharded, plan, _live_budget(config, wires.trained))
+    layers = shard_model(request.model, sharded, plan, _live_budget(config, wires.trained, request.model))
     ids |= {id(param) for group in layers.frozen for param in group.params}
     rest = [(name, param) for name, param in named if id(param) not in ids]
     take_out([param for _, param in rest])
@@ -201,10 +203,28 @@ def _stride(config: Config, batch: BatchSizes, axis: MeshAxis, groups: list[Shar
     return Stride(batch, ranks / predivide, config.gradient_clipping, skips)
 
 
-def _live_budget(config: Config, wire: Wire) -> LiveBudget:
+def _live_budget(config: Config, wire: Wire, model: nn.Module) -> LiveBudget:
     zero = config.zero_optimization
+    leaf = zero.leaf_module
+    mark_leaves(model, classes=leaf.classes, names=leaf.names, suffixes=leaf.name_suffixes)
     most = CPU_UNIT_NUMEL if wire.device.type == "cpu" else CUDA_UNIT_NUMEL
-    return LiveBudget(min(zero.stage3_max_live_parameters, most), zero.stage3_param_persistence_threshold)
+    return LiveBudget(
+        unit_numel=min(zero.stage3_max_live_parameters, most),
+        persistent_numel=zero.stage3_param_persistence_threshold,
+        persistent_total=zero.stage3_model_persistence_threshold,
+        small_layer_numel=zero.stage3_module_granularity_threshold,
+    )
+
+
+def ceilings_of(config: Config, layers: ShardedLayers) -> Ceilings:
+    """Return how much may be whole at a time: by default the largest unit, and one more gathered ahead.
+
+    The reuse distance counts only where the user set it: its default would keep every weight whole.
+    """
+    zero = config.zero_optimization
+    largest = max(sum(group.layout.padded_numel for group in groups) for groups in layers.groups_of.values())
+    reuse = zero.stage3_max_reuse_distance if "stage3_max_reuse_distance" in zero.model_fields_set else 0
+    return Ceilings(min(zero.stage3_prefetch_bucket_size, largest), zero.stage3_max_live_parameters, reuse)
 
 
 def _budget(config: Config, wire: Wire) -> Budget:

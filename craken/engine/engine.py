@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from craken.comm import phase
 from craken.engine.accumulation import Accumulation
-from craken.engine.build import Parts
+from craken.engine.build import Parts, ceilings_of
 from craken.engine.memory import return_freed_memory
 from craken.engine.model import cast_inputs
 from craken.engine.progress import Progress
@@ -106,11 +106,7 @@ class Engine(nn.Module):
             return None
         groups = [*parts.groups, *parts.layers.frozen]
         freed = [group for group in groups if group.weights is not None]
-        ahead = min(
-            parts.config.zero_optimization.stage3_prefetch_bucket_size,
-            max(sum(group.layout.padded_numel for group in groups) for groups in parts.layers.groups_of.values()),
-        )
-        residence = Residence(freed, max_ahead=ahead)
+        residence = Residence(freed, ceilings_of(parts.config, parts.layers))
         lifecycle = Lifecycle(parts.layers.groups_of, residence, reducer=self._reducer, warn=warn_once)
         register(groups, parts.axis, residence, lifecycle)
         grouped = {id(param) for group in groups for param in group.params}

@@ -17,6 +17,17 @@ from craken.zero.group import ShardGroup
 from craken.zero.grouping import CPU_GROUP_BYTES, CUDA_GROUP_BYTES, Budget
 from craken.zero.hooks import watch_gradients, watch_loading, watch_outputs, watch_reads, watch_units
 from craken.zero.layout import Cut
+from craken.zero.leaves import (
+    get_z3_leaf_modules,
+    mark_leaves,
+    set_z3_leaf_module,
+    set_z3_leaf_modules,
+    set_z3_leaf_modules_by_name,
+    set_z3_leaf_modules_by_suffix,
+    unset_z3_leaf_modules,
+    z3_leaf_module,
+    z3_leaf_parameter,
+)
 from craken.zero.ledger import bytes_by_place
 from craken.zero.lifecycle import Lifecycle, Removable
 from craken.zero.link import Link
@@ -25,7 +36,7 @@ from craken.zero.optimizer import ShardedStep, Stepping, StepResult
 from craken.zero.placement import HostShare, Place, Placement
 from craken.zero.policy import Keep, Policy, policy_for_stage
 from craken.zero.reducer import GradientReducer
-from craken.zero.residence import Residence
+from craken.zero.residence import Ceilings, Residence
 from craken.zero.room import mapped_bytes
 from craken.zero.rules import GroupRules, Replication, Sources, Wire
 from craken.zero.shelf import DiskSettings, Kind, Shelf
@@ -38,6 +49,7 @@ __all__ = [
     "CUDA_GROUP_BYTES",
     "Binding",
     "Budget",
+    "Ceilings",
     "Cut",
     "DiskSettings",
     "GatheredParameters",
@@ -72,22 +84,31 @@ __all__ = [
     "ZeroParamStatus",
     "bytes_by_place",
     "external_parameters",
+    "get_z3_leaf_modules",
     "is_castable",
     "is_in_backward",
     "mapped_bytes",
+    "mark_leaves",
     "paused",
     "policy_for_stage",
     "register",
     "register_external_parameter",
     "register_whole",
+    "set_z3_leaf_module",
+    "set_z3_leaf_modules",
+    "set_z3_leaf_modules_by_name",
+    "set_z3_leaf_modules_by_suffix",
     "shard_model",
     "take_out",
     "tensors_in",
     "unregister_external_parameter",
+    "unset_z3_leaf_modules",
     "watch_gradients",
     "watch_loading",
     "watch_outputs",
     "watch_reads",
     "watch_units",
     "whole_numel",
+    "z3_leaf_module",
+    "z3_leaf_parameter",
 ]

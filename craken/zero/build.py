@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Mapping, Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,10 +14,11 @@ from craken.zero.access import take_out
 from craken.zero.group import ShardGroup
 from craken.zero.grouping import Budget, ParamFacts, plan_groups
 from craken.zero.layout import Cut
+from craken.zero.leaves import get_z3_leaf_modules, note_leaf_parameters
 from craken.zero.placement import HostShare, Place
 from craken.zero.policy import policy_for_stage
 from craken.zero.rules import GroupRules, Wire
-from craken.zero.units import Unit, plan_units, whole_numel
+from craken.zero.units import Unit, choose_persistent, plan_units, whole_numel
 
 Named = tuple[str, nn.Parameter]
 
@@ -37,11 +39,15 @@ class ShardingPlan:
 
 @dataclass(frozen=True)
 class LiveBudget:
-    """At stage 3, in elements: what a unit may hold, and up to which size a parameter stays whole all the time."""
+    """At stage 3, in elements: what a unit may hold, and up to which size, and how many, parameters always stay whole.
+
+    Modules whose layers have at most `small_layer_numel` elements on average are units whatever their size.
+    """
 
     unit_numel: int
     persistent_numel: int
-    leaves: Collection[nn.Module] = ()
+    persistent_total: int = sys.maxsize
+    small_layer_numel: int = 0
 
 
 @dataclass(frozen=True)
@@ -62,13 +68,18 @@ def shard_model(model: nn.Module, trained: Sequence[Named], plan: ShardingPlan, 
     if not plan.rules.policy.frees_params:
         return ShardedLayers(build_groups(trained, plan), [], [], {})
     names = {id(param): name for name, param in trained}
-    small = [named for named in trained if whole_numel(named[1]) <= live.persistent_numel]
-    units = plan_units(model, max_numel=live.unit_numel, leaves=live.leaves)
+    stays_whole = choose_persistent(
+        model.parameters(), max_numel=live.persistent_numel, max_total=live.persistent_total
+    )
+    small = [named for named in trained if id(named[1]) in stays_whole]
+    leaves = get_z3_leaf_modules(model)
+    note_leaf_parameters(leaves)
+    units = plan_units(model, max_numel=live.unit_numel, leaves=leaves, small_layer_numel=live.small_layer_numel)
     layers = ShardedLayers([], [], units, {})
     frozen_rules = dataclasses.replace(plan.rules, trains=False)
     frozen_plan = dataclasses.replace(plan, rules=frozen_rules, wire=plan.frozen_wire)
     for unit in units:
-        large = [named for named in unit.params if whole_numel(named[1]) > live.persistent_numel]
+        large = [named for named in unit.params if id(named[1]) not in stays_whole]
         mine = build_groups([(names[id(param)], param) for _, param in large if id(param) in names], plan)
         others = build_groups([(name, param) for name, param in large if id(param) not in names], frozen_plan)
         layers.groups.extend(mine)

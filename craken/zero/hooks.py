@@ -105,9 +105,8 @@ def _watch_unit(unit: Unit, lifecycle: Lifecycle) -> list[RemovableHandle]:
     def before(module: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return lifecycle.before_forward(unit, inputs, kwargs) if module is unit.module else None  # no copy of it
 
-    def after(module: nn.Module, inputs: tuple[Any, ...], outputs: Any) -> None:
-        if module is unit.module:
-            lifecycle.after_forward(unit, outputs)
+    def after(module: nn.Module, inputs: tuple[Any, ...], outputs: Any) -> Any:
+        return lifecycle.after_forward(unit, outputs) if module is unit.module else None
 
     return [
         unit.module.register_forward_pre_hook(before, prepend=True, with_kwargs=True),

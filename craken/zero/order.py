@@ -1,4 +1,4 @@
-"""Remembers the order in which groups were gathered, and says which to gather ahead. Pure.
+"""Remembers the order in which groups were needed, and says which come next and how soon one comes again. Pure.
 
 A pass is a forward and what follows it until the next one begins. As long as a pass asks for groups in the order in
 which the last pass of its kind (training, evaluation) did, what comes next is known; after the first group that differs
@@ -7,15 +7,16 @@ nothing is foretold until the pass is over, and the new order is the one to reme
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Iterator, Sequence
 
 
 class GatherOrder:
     """The order of the last pass of each kind, and how far the present one follows it."""
 
-    def __init__(self, numels: Sequence[int], *, max_ahead: int) -> None:
-        """numels: elements of each group. max_ahead: elements that may be gathered before they are asked for."""
-        self._numels, self._max_ahead = list(numels), max_ahead
+    def __init__(self, numels: Sequence[int]) -> None:
+        """numels: elements of each group."""
+        self._numels = list(numels)
         self._remembered: dict[Hashable, list[int]] = {}
         self._kind: Hashable = None
         self._present: list[int] = []
@@ -33,13 +34,22 @@ class GatherOrder:
         self._follows = self._follows and at < len(known) and known[at] == index
         self._present.append(index)
 
-    def ahead(self) -> Iterator[int]:
-        """Yield the groups that will be needed next, as many as `max_ahead` elements hold."""
-        if not self._follows:
-            return
-        room = self._max_ahead
-        for index in self._remembered.get(self._kind, [])[len(self._present) :]:
+    def ahead(self, room: int) -> Iterator[int]:
+        """Yield the groups that will be needed next, as many as fit into `room` elements."""
+        for index in self._to_come():
             room -= self._numels[index]
             if room < 0:
                 return
             yield index
+
+    def distance(self, index: int) -> float:
+        """Return the elements that will be needed before group `index` is needed again; infinity if it is not known."""
+        passed = 0
+        for other in self._to_come():
+            if other == index:
+                return passed
+            passed += self._numels[other]
+        return math.inf
+
+    def _to_come(self) -> Sequence[int]:
+        return self._remembered.get(self._kind, [])[len(self._present) :] if self._follows else []

@@ -7,7 +7,18 @@
 
 Groups leave in one order that every rank knows, never in order of arrival: a complete group waits for its predecessor.
 The order is the last group first, until the first step's end; from then on it is the order in which rank 0 saw groups
-complete. Gradients that come after their group has left stay pending; ranks agree in the step to send them too.
+become ready. Gradients that come after their group has left stay pending; ranks agree in the step to send them too.
+
+[Note: between two gathers] Where weights are gathered during backward, a rank that waits for a reduction keeps others
+waiting for its part of the next gather. So what leaves between two gathers must be the same on all ranks, though on
+some a gradient may never come (experts, branches that depend on the data):
+
+    rank 0   gather 5 |all of A came, A leaves            | gather 6
+    rank 1   gather 5 |something of A is missing, A closes| A leaves with zeros, gather 6
+
+A group *closes* when the backward of all its uses is over, which the order of modules decides (lifecycle.py). A
+complete group leaves before only if the next gather is sure to close it; groups that have no uses of their own (small
+weights that are always whole) and those that were once sent too early leave at the end of the backward.
 
 [Note: where a backward ends] Autograd runs a callback at the end of the backward in which it was queued. With reentrant
 checkpointing an inner backward ends many times before the outer one does, so the callback is queued from a hook on the
@@ -33,6 +44,9 @@ _MAX_IN_FLIGHT = 2  # groups; more would only hold scratch memory
 class BackwardObserver(Protocol):
     """Who wants to know how a backward proceeds."""
 
+    def closes_next(self, group: ShardGroup) -> bool:
+        """Say whether the backward of all uses of `group` is sure to be over at the next gather, on every rank."""
+
     def gradients_came(self, group: ShardGroup) -> None:
         """Every parameter of `group` has got its gradient in this backward."""
 
@@ -54,9 +68,13 @@ class GradientReducer:
         self._index = {id(group): index for index, group in enumerate(groups)}
         self.observer: BackwardObserver | None = None
         self._should_reduce, self._is_boundary = should_reduce, is_boundary
-        self._order = list(reversed(range(len(groups))))
+        frees_some = any(group.weights is not None for group in groups)
+        self._goes_last = [frees_some and group.weights is None for group in groups]
+        self._order = sorted(range(len(groups)), key=lambda index: (self._goes_last[index], -index))
         self._order_is_agreed = False
-        self._completed: list[int] = []
+        self._became_ready: list[int] = []  # in this backward, in order
+        self._is_ready = [False] * len(groups)
+        self._closed: set[int] = set()  # and incomplete
         self._missing = [0] * len(groups)
         self._seen = [[False] * len(group.params) for group in groups]
         self._next = 0
@@ -97,7 +115,9 @@ class GradientReducer:
         self.is_running = True
         self._reduces_now, self._ends_step = self._should_reduce(), self._is_boundary()
         self._next = 0
-        self._completed = []
+        self._became_ready = []
+        self._is_ready = [False] * len(self._groups)
+        self._closed.clear()
         for index, group in enumerate(self._groups):
             self._missing[index] = len(group.params)
             self._seen[index] = [False] * len(group.params)
@@ -108,12 +128,39 @@ class GradientReducer:
             return
         self._seen[index][slot] = True
         self._missing[index] -= 1
+        if self._missing[index] > 0:
+            return
+        group = self._groups[index]
+        if index in self._closed or self.observer is None or self.observer.closes_next(group):
+            self._closed.discard(index)
+            self._make_ready(index)
+            self._send_ready_groups()
+        if self.observer is not None:
+            self.observer.gradients_came(group)
+
+    def close(self, group: ShardGroup) -> None:
+        """Note that the backward of all uses of `group` is over (see [Note: between two gathers])."""
+        index = self._index.get(id(group))
+        if index is None or not self.is_running:
+            return
         if self._missing[index] == 0:
-            self._completed.append(index)
-            if self._reduces_now:
-                self._send_complete_groups()
-            if self.observer is not None:
-                self.observer.gradients_came(self._groups[index])
+            self._make_ready(index)
+            self._send_ready_groups()
+        else:
+            self._closed.add(index)
+
+    def send_closed(self) -> None:
+        """Send what has closed, zeros where nothing came: the next gather begins."""
+        if self.is_running and self._closed:
+            for index in sorted(self._closed, key=self._order.index):
+                self._make_ready(index)
+            self._closed.clear()
+            self._send_ready_groups()
+
+    def _make_ready(self, index: int) -> None:
+        if not self._is_ready[index] and not self._goes_last[index]:
+            self._is_ready[index] = True
+            self._became_ready.append(index)
 
     def is_complete(self, group: ShardGroup) -> bool:
         """Say whether no gradient of `group` is missing in the backward that runs; true for groups that have none."""
@@ -125,8 +172,10 @@ class GradientReducer:
         """A backward is known to run, and its end will be noticed."""
         return self._ends_by_itself
 
-    def _send_complete_groups(self) -> None:
-        while self._next < len(self._order) and self._missing[self._order[self._next]] == 0:
+    def _send_ready_groups(self) -> None:
+        if not self._reduces_now:
+            return
+        while self._next < len(self._order) and self._is_ready[self._order[self._next]]:
             self._send(self._groups[self._order[self._next]])
             self._next += 1
 
@@ -188,6 +237,8 @@ class GradientReducer:
         """Collective: reduce what is pending in these groups; every rank names the same ones."""
         for index in indices:
             self._send(self._groups[index])
+            self._goes_last[index] |= self._groups[index].weights is not None  # they were sent too early
+        self._order.sort(key=self._goes_last.__getitem__)
         self._drain()
 
     def sum_over_replicas(self) -> None:
@@ -202,10 +253,11 @@ class GradientReducer:
         return [group.gradients.has_pending for group in self._groups]
 
     def agree_on_order(self) -> None:
-        """Collective, once: take the order in which rank 0 saw groups complete; those that never did go last."""
+        """Collective, once: take the order in which rank 0 saw groups become ready; those that never did go last."""
         if self._order_is_agreed or not self._groups:
             return
         self._order_is_agreed = True
-        completed = set(self._completed)
-        mine = self._completed + [index for index in self._order if index not in completed]
+        became_ready = set(self._became_ready)
+        mine = self._became_ready + [index for index in self._order if index not in became_ready]
         self._order = broadcast_object(mine, self._groups[0].wire.everyone)
+        self._order.sort(key=self._goes_last.__getitem__)

@@ -18,7 +18,7 @@ from craken.zero.build_settings import BuildSettings
 from craken.zero.group import ShardGroup
 from craken.zero.link import Link
 from craken.zero.placement import Placement
-from craken.zero.residence import Residence
+from craken.zero.residence import Ceilings, Residence
 from craken.zero.rules import GroupRules, Sources, Wire
 from craken.zero.shelf import Shelf
 
@@ -55,7 +55,7 @@ class Sharder:
         compute = self._rules.precision.compute
         dtype = compute if compute is not None and is_castable(param) else param.dtype
         group = ShardGroup([name], [param], dtype, self._rules, self._wire)
-        register([group], self._wire.axis, Residence([group], max_ahead=0))
+        register([group], self._wire.axis, Residence([group], Ceilings(ahead=0, live=0)))
 
 
 def _materialise(module: nn.Module, device: torch.device) -> None:

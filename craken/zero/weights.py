@@ -82,11 +82,10 @@ class ShardedWeights:
         self._nearby_is_valid = False
 
     def start(self, sources: Sources, label: str, *, exact: bool = False) -> None:
-        """Collective: begin to gather the whole (`exact`: as the shards hold it) unless it is there or under way."""
-        if self._work is not None and exact and not self._is_exact:
-            self.finish()
-        if self._work is not None or (self.is_whole and (self._is_exact or not exact)):
+        """Collective: begin to gather the whole (`exact`: as the shards hold it), unless that is under way already."""
+        if self._work is not None and (self._is_exact or not exact):
             return
+        self.finish()
         if not self.is_whole:
             self._room.take()
         if self._nearby_is_valid and (self._nearby_is_exact or not exact):
