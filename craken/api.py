@@ -21,9 +21,9 @@ from craken.engine import (
     find_config,
 )
 from craken.engine.request import OptimizerOrFactory
-from craken.zero import ShardedOptimizer, paused
+from craken.zero import ParameterOffload, ShardedOptimizer, paused
 
-Initialized = tuple[DeepSpeedEngine, ShardedOptimizer | None, ResumableLoader[Any] | None, Any]
+Initialized = tuple[DeepSpeedEngine, ShardedOptimizer | ParameterOffload | None, ResumableLoader[Any] | None, Any]
 
 
 def initialize(
@@ -48,8 +48,9 @@ def initialize(
     the config's optimizer; default all that require grad. lr_scheduler: an instance or a function of the optimizer.
     training_data: a data set; a sharded, resumable dataloader over it is returned.
 
-    Returns (engine, optimizer, dataloader, lr_scheduler); the last three may be None. Parameters keep their identity:
-    only their data move into flat buffers. Raises ValueError for wrong input, NotImplementedError for documented gaps.
+    Returns (engine, optimizer, dataloader, lr_scheduler); the last three may be None. At stage 3 without an optimizer,
+    the second is what takes the model's hooks off. Parameters keep their identity: only their data move into flat
+    buffers. Raises ValueError for wrong input, NotImplementedError for documented gaps.
     """
     parsed = load_config(find_config(config, config_params, args))
     if model is None:

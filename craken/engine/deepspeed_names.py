@@ -12,7 +12,7 @@ from craken.disk import Traffic
 from craken.engine import checkpointing
 from craken.engine.engine import Engine
 from craken.log import warn_once
-from craken.zero import Keep, bytes_by_place
+from craken.zero import Keep, ShardedOptimizer, bytes_by_place
 from craken.zero.parking import KINDS, states_of_kinds
 
 
@@ -113,7 +113,7 @@ class DeepSpeedEngine(Engine):
 
     def get_mom(self) -> list[Any]:
         """Return each optimizer group's momentum, or its betas."""
-        groups = [] if self.optimizer is None else self.optimizer.param_groups
+        groups = self.optimizer.param_groups if isinstance(self.optimizer, ShardedOptimizer) else []
         return [group.get("momentum", group.get("betas", 0.0)) for group in groups]
 
     def module_state_dict(self, exclude_frozen_parameters: bool = False) -> dict[str, Tensor]:

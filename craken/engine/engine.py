@@ -31,6 +31,7 @@ from craken.precision import dtype_from_name
 from craken.zero import (
     GradientReducer,
     Lifecycle,
+    ParameterOffload,
     Removable,
     Residence,
     ShardedOptimizer,
@@ -42,8 +43,6 @@ from craken.zero import (
     watch_gradients,
     watch_loading,
     watch_outputs,
-    watch_reads,
-    watch_units,
 )
 from craken.zero.parking import Parking
 
@@ -80,7 +79,7 @@ class Engine(nn.Module):
         self.device, self.groups = parts.device, parts.groups
         self.lr_scheduler, self.training_dataloader = parts.scheduler, parts.loader
         self.loss_scaler = parts.loss_scale
-        self.optimizer: ShardedOptimizer | None = None
+        self.optimizer: ShardedOptimizer | ParameterOffload | None = None
         self.accumulation = Accumulation(parts.stride.batch.accumulation_steps)
         self.global_steps = self.skipped_steps = 0
         self._record = _Record()
@@ -114,7 +113,11 @@ class Engine(nn.Module):
         if not freed:
             return None
         self._reducer.observer = lifecycle
-        lifecycle.handles += [*watch_units(parts.layers.units, lifecycle), *watch_reads(parts.module, freed, lifecycle)]
+        offload = ParameterOffload(parts.module, parts.layers.units, freed, lifecycle)
+        if isinstance(self.optimizer, ShardedOptimizer):
+            self.optimizer.parameter_offload = offload
+        else:
+            self.optimizer = offload  # where clients look for it, without an optimizer
         return lifecycle
 
     def __getattr__(self, name: str) -> Any:
@@ -265,7 +268,7 @@ class Engine(nn.Module):
         self.global_steps += 1
         scale_before = self.loss_scaler.value
         self.loss_scaler.update(has_overflow=not result.is_finite)
-        if self.optimizer is not None:
+        if isinstance(self.optimizer, ShardedOptimizer):
             self.optimizer.note_step(was_applied=result.was_applied)
         if result.was_applied:
             if self.lr_scheduler is not None:
@@ -285,7 +288,8 @@ class Engine(nn.Module):
 
     def get_lr(self) -> list[float]:
         """Return the learning rate of each optimizer group."""
-        return [] if self.optimizer is None else [float(group["lr"]) for group in self.optimizer.param_groups]
+        groups = self.optimizer.param_groups if isinstance(self.optimizer, ShardedOptimizer) else []
+        return [float(group["lr"]) for group in groups]
 
     def is_gradient_accumulation_boundary(self) -> bool:
         """Say whether the micro-batch under way is the last of its step."""

@@ -31,6 +31,7 @@ from craken.zero.leaves import (
 from craken.zero.ledger import bytes_by_place
 from craken.zero.lifecycle import Lifecycle, Removable
 from craken.zero.link import Link
+from craken.zero.offload_names import ParameterOffload
 from craken.zero.on_device import OnDevice
 from craken.zero.optimizer import ShardedStep, Stepping, StepResult
 from craken.zero.placement import HostShare, Place, Placement
@@ -63,6 +64,7 @@ __all__ = [
     "Link",
     "LiveBudget",
     "OnDevice",
+    "ParameterOffload",
     "Place",
     "Placement",
     "Policy",

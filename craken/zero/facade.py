@@ -8,14 +8,18 @@ from typing import Any
 import torch
 
 from craken.precision import LossScale
+from craken.zero.offload_names import ParameterOffload
 
 
 class ShardedOptimizer(torch.optim.Optimizer):
     """Shows the inner optimizer's groups, state and defaults; schedulers may be built on it.
 
     `optimizer` is the inner torch optimizer over this rank's fragments. `overflow` says whether the last step was
-    skipped. Its `step` is the engine's job: micro-batches, ranks and clipping are known there.
+    skipped. Its `step` is the engine's job: micro-batches, ranks and clipping are known there. `parameter_offload` is
+    there where weights come and go.
     """
+
+    parameter_offload: ParameterOffload
 
     def __init__(self, optimizer: torch.optim.Optimizer, loss_scale: LossScale) -> None:
         # no super().__init__: there is one set of groups and one state, the inner optimizer's

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 from weakref import WeakMethod
 
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakIdKeyDictionary
 
 from craken.zero.autograd import tensors_in
 from craken.zero.group import ShardGroup
-from craken.zero.lifecycle import Lifecycle
+from craken.zero.lifecycle import Lifecycle, Removable
 from craken.zero.reducer import GradientReducer
 from craken.zero.units import Unit
 
@@ -148,8 +149,11 @@ def watch_attributes(module: nn.Module, was_read: Callable[[Any], None]) -> Attr
     return AttributeWatch(module, was_read)
 
 
-def watch_reads(model: nn.Module, groups: Sequence[ShardGroup], lifecycle: Lifecycle) -> list[AttributeWatch]:
-    """Have weights gathered that a forward reads outside of their owner (tied heads, fused losses, adapters)."""
+def watch_reads(model: nn.Module, groups: Sequence[ShardGroup], lifecycle: Lifecycle) -> list[Removable]:
+    """Have weights gathered that a forward reads outside of their owner (tied heads, fused losses, adapters).
+
+    Modules that are given such a weight later are watched too.
+    """
     group_of = {id(param): group for group in groups for param in group.params}
 
     def was_read(param: Any) -> None:
@@ -157,8 +161,35 @@ def watch_reads(model: nn.Module, groups: Sequence[ShardGroup], lifecycle: Lifec
         if group is not None and lifecycle.is_running():
             lifecycle.read_in_forward(group)
 
-    return [
+    watching: list[Removable] = [
         watch_attributes(module, was_read)
         for module in model.modules()
         if any(id(param) in group_of for param in module._parameters.values())
     ]
+    return [*watching, _Newcomers(group_of, was_read)]
+
+
+class _Newcomers:
+    """Watches modules that are given one of the parameters after the watching began."""
+
+    def __init__(self, group_of: Mapping[int, ShardGroup], was_read: Callable[[Any], None]) -> None:
+        self._group_of, self._was_read = group_of, was_read
+        self._watching: list[AttributeWatch] = []
+        # torch calls this for every module of the process, so it must keep nothing alive
+        self._handle = register_module_parameter_registration_hook(partial(_was_given, weakref.ref(self)))
+        weakref.finalize(self, self._handle.remove)
+
+    def was_given(self, module: nn.Module, param: Any) -> None:
+        if id(param) in self._group_of and not isinstance(module._parameters, _WatchedParameters):
+            self._watching.append(watch_attributes(module, self._was_read))
+
+    def remove(self) -> None:
+        self._handle.remove()
+        for watch in self._watching:
+            watch.remove()
+        self._watching = []
+
+
+def _was_given(newcomers: weakref.ref[_Newcomers], module: nn.Module, name: str, param: Any) -> None:
+    if (alive := newcomers()) is not None:
+        alive.was_given(module, param)

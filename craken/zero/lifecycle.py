@@ -61,11 +61,15 @@ class Lifecycle:
         self._uses = Uses()
         self._outermost: int | None = None  # the graph task of the backward that runs
 
-    def retire(self) -> None:
-        """Take the hooks off the model. Weights stay as they are."""
+    def remove_hooks(self) -> None:
+        """Take the hooks off the model."""
         for handle in self.handles:
             handle.remove()
         self.handles = []
+
+    def retire(self) -> None:
+        """Take the hooks off the model for good. Weights stay as they are."""
+        self.remove_hooks()
         self._reducer = GradientReducer([], should_reduce=bool, is_boundary=bool)  # lets go of the engine
 
     # --- forward ------------------------------------------------------------------------------------------------------

@@ -75,6 +75,7 @@ class Residence:
     def hold(self, groups: Iterable[ShardGroup], who: Hashable) -> None:
         """Collective over the axis unless they are here: have `groups` whole until `who` lets go of them."""
         indices = self._indices(groups)
+        self._make_room(indices)
         for index in indices:
             if not self._stays[index].holders:
                 self._order.note(index)
@@ -157,6 +158,18 @@ class Residence:
         if self._stays[index].is_here:
             self._stays[index].is_here = False
             self._live -= self._numels[index]
+
+    def _make_room(self, wanted: Sequence[int]) -> None:
+        """Free what nobody holds, what is needed last first, as far as `wanted` would go beyond the ceiling."""
+        over = self._live - self._ceilings.live
+        over += sum(self._numels[index] for index in wanted if not self._stays[index].is_here)
+        if over <= 0:
+            return
+        idle = [i for i, stay in enumerate(self._stays) if stay.is_here and not stay.holders and i not in wanted]
+        for index in sorted(idle, key=self._order.distance, reverse=True):
+            if over > 0:
+                over -= self._numels[index]
+                self._leave(index)
 
     def _is_soon_again(self, index: int) -> bool:
         if not self._ceilings.reuse or self._stays[index].holders:
