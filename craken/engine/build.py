@@ -13,7 +13,6 @@ from craken.comm import Accelerator, MeshAxis
 from craken.config import BatchSizes, Config, resolve_batch
 from craken.engine.agreement import check_training_agrees
 from craken.engine.data import ResumableLoader
-from craken.engine.memory import keep_freed_memory
 from craken.engine.model import named_parameters, place_buffers, place_frozen
 from craken.engine.monitor import Monitor
 from craken.engine.offload import placement_of, shelf_for, state_swap_for
@@ -39,8 +38,10 @@ from craken.zero import (
     Stepping,
     Wire,
     is_castable,
+    keep_freed_memory,
     mark_leaves,
     policy_for_stage,
+    returning_freed_memory,
     shard_model,
     take_out,
 )
@@ -91,8 +92,6 @@ def build_parts(request: Request, config: Config, axis: MeshAxis, accelerator: A
     batch = resolve_batch(config, axis.size)
     precision = precision_of(config, batch.accumulation_steps)
     device = accelerator.device()
-    if accelerator.is_cpu:
-        keep_freed_memory()
     named = named_parameters(request.model)
     trainable = [(name, param) for name, param in named if param.requires_grad]
     optimizer = get_optimizer(request, config, trainable)
@@ -107,7 +106,10 @@ def build_parts(request: Request, config: Config, axis: MeshAxis, accelerator: A
     share = HostShare(config.zero_optimization.offload_optimizer.ratio)
     cuts = cuts_of(optimizer) if optimizer else {}
     plan = ShardingPlan(rules, *wires, _budget(config, wires.trained), cuts, share)
-    layers = shard_model(request.model, sharded, plan, _live_budget(config, wires.trained, request.model))
+    with returning_freed_memory():
+        layers = shard_model(request.model, sharded, plan, _live_budget(config, wires.trained, request.model))
+    if accelerator.is_cpu:
+        keep_freed_memory()
     ids |= {id(param) for group in layers.frozen for param in group.params}
     rest = [(name, param) for name, param in named if id(param) not in ids]
     take_out([param for _, param in rest])

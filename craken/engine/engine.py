@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from craken.comm import phase
 from craken.engine.accumulation import Accumulation
 from craken.engine.build import Parts, ceilings_of
-from craken.engine.memory import return_freed_memory
 from craken.engine.model import cast_inputs
 from craken.engine.progress import Progress
 from craken.engine.timers import PhaseTimers
@@ -40,6 +39,7 @@ from craken.zero import (
     is_in_backward,
     register,
     register_whole,
+    return_freed_memory,
     watch_gradients,
     watch_loading,
     watch_outputs,

@@ -15,6 +15,7 @@ from craken.zero.construct import Init, paused
 from craken.zero.facade import ShardedOptimizer
 from craken.zero.group import ShardGroup
 from craken.zero.grouping import CPU_GROUP_BYTES, CUDA_GROUP_BYTES, Budget
+from craken.zero.heap import keep_freed_memory, return_freed_memory, returning_freed_memory
 from craken.zero.hooks import watch_gradients, watch_loading, watch_outputs, watch_reads, watch_units
 from craken.zero.layout import Cut
 from craken.zero.leaves import (
@@ -89,6 +90,7 @@ __all__ = [
     "get_z3_leaf_modules",
     "is_castable",
     "is_in_backward",
+    "keep_freed_memory",
     "mapped_bytes",
     "mark_leaves",
     "paused",
@@ -96,6 +98,8 @@ __all__ = [
     "register",
     "register_external_parameter",
     "register_whole",
+    "return_freed_memory",
+    "returning_freed_memory",
     "set_z3_leaf_module",
     "set_z3_leaf_modules",
     "set_z3_leaf_modules_by_name",

@@ -25,6 +25,7 @@ from craken.comm import axis_over, get_accelerator, init_distributed
 from craken.zero.access import GatheredParameters, register_external_parameter, unregister_external_parameter
 from craken.zero.attributes import place_of
 from craken.zero.build_settings import settings_from
+from craken.zero.heap import returning_freed_memory
 from craken.zero.lending import Lending
 from craken.zero.policy import Keep
 from craken.zero.sharder import Sharder
@@ -89,8 +90,9 @@ class Init:
             self._group = mpu.get_data_parallel_group()
         if self.enabled and module is not None:
             sharder = self._sharder()
-            for part in module.modules():
-                sharder.shard_module(part)
+            with returning_freed_memory():
+                for part in module.modules():
+                    sharder.shard_module(part)
 
     def __enter__(self) -> Init:
         if self.enabled:
@@ -115,6 +117,8 @@ class _Building:
         self._sharder = sharder
         self.watch = ConstructionWatch(self._built)
         self._lending = Lending(self.watch)
+        self._habits = contextlib.ExitStack()
+        self._habits.enter_context(returning_freed_memory())
         try:
             self.watch.start()
             self._replace_apply(nn.Module.apply)
@@ -126,6 +130,7 @@ class _Building:
     def stop(self, kind: type[BaseException] | None) -> None:
         self.watch.stop()
         self._lending.stop(kind)
+        self._habits.close()
 
     def _built(self, module: nn.Module) -> None:
         self._lending.constructor_returned()

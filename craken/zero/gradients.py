@@ -26,6 +26,7 @@ from craken.zero.layout import GroupLayout
 from craken.zero.link import Arrival
 from craken.zero.norms import piece_norms
 from craken.zero.placement import Place
+from craken.zero.room import Room, room_for
 from craken.zero.rules import GroupRules, Wire
 
 
@@ -61,6 +62,7 @@ class GroupGradients:
         self._has_total = False
         self._on_host: Tensor | None = None
         self._arrival = Arrival()
+        self._room = self._room_for_sum()
         self._norms: Sequence[Tensor] = ()
 
     def begin_accumulating(self) -> None:
@@ -71,6 +73,7 @@ class GroupGradients:
         if self.rules.accumulates:
             return
         self.rules = self.rules.accumulating()
+        self._room = self._room_for_sum()
         if self._pending is not None:
             self._pending, self._places = self._pending.to(self._pending_dtype), []
         if self._retained is not None:
@@ -265,15 +268,33 @@ class GroupGradients:
 
     def _shard_for_sum(self) -> Tensor:
         if self._reduced_shard is None:
-            self._reduced_shard = torch.empty(
-                self.layout.shard_numel, dtype=self.accumulate_dtype, device=self.wire.device
-            )
+            self._reduced_shard = self._memory_for_sum()
             if self._sends_each_sum and self.has_reduced:  # the sum so far comes back to be added to
                 link = self.wire.shelf.link
                 with link.beside("down", self._reduced_shard):
                     self._reduced_shard.copy_(self._host_sum(), non_blocking=True)
                     self._arrival = link.mark()
         return self._reduced_shard
+
+    def _room_for_sum(self) -> Room | None:
+        """Return the host memory that this group's sums are kept in, empty for now; None where they lie elsewhere.
+
+        It is outside of the heap and there before the first backward. A sum stays until the step: amid buffers that
+        come and go it would cut up what they leave, and the heap then grows by a group's buffer for every other group.
+        """
+        is_on_host = self.wire.device.type == "cpu" and not self.leaves_device and self.wire.replication is None
+        if not is_on_host or not self.rules.trains or self.rules.retains_full_grads:
+            return None
+        room = room_for(self.layout.shard_numel, self.accumulate_dtype, self.wire.device)
+        room.give_back()
+        return room
+
+    def _memory_for_sum(self) -> Tensor:
+        """Return undefined values [shard_numel] in the accumulate dtype."""
+        if self._room is None:
+            return torch.empty(self.layout.shard_numel, dtype=self.accumulate_dtype, device=self.wire.device)
+        self._room.take()
+        return self._room.flat
 
     @property
     def reduced(self) -> Tensor:
@@ -312,6 +333,8 @@ class GroupGradients:
 
     def drop(self) -> None:
         """Forget all gradients and give their memory back: the next forward's activations can use it."""
+        if self._room is not None and self._reduced_shard is self._room.flat:
+            self._room.give_back()
         self._pending = self._retained = self._reduced_shard = self._total = None
         self._has_total = False
         self._norms = ()

@@ -292,8 +292,8 @@ def a_model_goes() -> None:
     weight, shard = weakref.ref(pair.model[0].weight), weakref.ref(pair.engine.groups[0].weights)
     pair.close()
     del pair
-    for _ in range(2):  # autograd's last graph goes first, and with it what hid the parameters from the collector
-        gc.collect()
+    while gc.collect():  # what a graph of autograd's hides from the collector comes to light layer by layer
+        pass
     assert weight() is None
     assert shard() is None
 
