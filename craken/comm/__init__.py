@@ -2,6 +2,7 @@
 
 from craken.comm.accelerator import Accelerator, get_accelerator
 from craken.comm.events import Event, bytes_sent, event_log
+from craken.comm.feedback import ErrorFeedback
 from craken.comm.mesh import MeshAxis, axis_over, split_axis, world_axis
 from craken.comm.objects import (
     all_reduce_sum,
@@ -27,6 +28,7 @@ from craken.comm.world import (
 __all__ = [
     "Accelerator",
     "Channel",
+    "ErrorFeedback",
     "Event",
     "MeshAxis",
     "Pending",

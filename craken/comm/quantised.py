@@ -14,10 +14,13 @@ there is one hop.
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+
 import torch
 from torch import Tensor
 
 from craken.comm.codec import Codec
+from craken.comm.feedback import ErrorFeedback
 from craken.comm.transport import Channel, Pending
 
 _EIGHT, _FOUR = Codec(8), Codec(4)
@@ -51,14 +54,19 @@ class QuantisedGather:
 class QuantisedReduce:
     """Sums over an axis that is split in two, as 4-bit codes on each of the two hops; gathers go as they are."""
 
-    def __init__(self, whole: Channel, inner: Channel, outer: Channel) -> None:
-        """`inner` and `outer` are the parts of `whole`, as `split_axis` makes them, and serve nothing else."""
+    def __init__(
+        self, whole: Channel, inner: Channel, outer: Channel, *, feedback: ErrorFeedback | None = None
+    ) -> None:
+        """`inner` and `outer` are the parts of `whole`, as `split_axis` makes them, and serve nothing else.
+
+        feedback: keeps what codes lose, a label at a time; labels then tell what is summed.
+        """
         if inner.axis.size * outer.axis.size != whole.axis.size:
             raise ValueError(
                 f"{inner.axis.size} ranks of {inner.axis.name} x {outer.axis.size} of {outer.axis.name} are not the "
                 f"{whole.axis.size} of {whole.axis.name}"
             )
-        self._inner, self._outer = inner, outer
+        self._inner, self._outer, self._feedback = inner, outer, feedback
         self.all_gather = whole.transport.all_gather
         self.all_to_all = whole.transport.all_to_all
 
@@ -67,7 +75,7 @@ class QuantisedReduce:
         slices = full.view(outer.size, inner.size, -1)  # [node, rank in it, shard_numel]
         outbox = _messages(_FOUR, (inner.size, outer.size), slices.shape[2], full)
         for peer in _peers(inner.rank, inner.size):
-            _FOUR.quantise(slices[:, peer], outbox[peer])
+            self._quantise((label, peer), slices[:, peer], outbox[peer])
         inbox = torch.empty_like(outbox)
         hop = self._inner.transport.all_to_all(outbox.view(inner.size, -1), inbox.view(inner.size, -1), label=label)
 
@@ -87,12 +95,18 @@ class QuantisedReduce:
         mine = sums.narrow(0, axis.rank, 1)
         if axis.size > 1:
             outbox = _messages(_FOUR, (axis.size,), sums.shape[1], sums)
-            _FOUR.quantise(sums, outbox)
+            self._quantise((label, "between nodes"), sums, outbox)
             inbox = torch.empty_like(outbox)
             self._outer.transport.all_to_all(outbox, inbox, label=label).wait()
             for peer in _peers(axis.rank, axis.size):
                 _FOUR.dequantise(inbox.narrow(0, peer, 1), mine, add=True)
         return mine[0]
+
+    def _quantise(self, key: Hashable, values: Tensor, messages: Tensor) -> None:
+        if self._feedback is None:
+            _FOUR.quantise(values, messages)
+        else:
+            self._feedback.quantise(key, values, messages)
 
 
 def _messages(codec: Codec, shape: tuple[int, ...], numel: int, like: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ def check(config: Config, findings: Findings) -> None:
     found = [*_precision(config), *_offload(config.zero_optimization), *_reduction(config)]
     found += _hierarchy(config.zero_optimization)
     findings.problems += [problem._replace(path=findings.path(problem.path)) for problem in found]
-    findings.notices += _without_stage_3(config.zero_optimization)
+    findings.notices += _unread(config.zero_optimization)
     _optimizer(config, findings)
     _scheduler(config, findings)
 
@@ -100,8 +100,8 @@ def _hierarchy(zero: ZeroOptimization) -> Iterator[Problem]:
         )
 
 
-def _without_stage_3(zero: ZeroOptimization) -> Iterator[str]:
-    """Yield a notice for each setting about gathers and sums of stage 3 that another stage does not read."""
+def _unread(zero: ZeroOptimization) -> Iterator[str]:
+    """Yield a notice for each setting about gathers and sums of stage 3 that is not read beside the others."""
     asked = {
         "zero_hpz_partition_size": zero.zero_hpz_partition_size > 1,
         "zero_quantized_weights": zero.zero_quantized_weights,
@@ -111,6 +111,8 @@ def _without_stage_3(zero: ZeroOptimization) -> Iterator[str]:
     for key, is_asked in asked.items():
         if is_asked and zero.stage < PARAMETERS_SHARDED:
             yield f"zero_optimization.{key} has no effect at stage {zero.stage}: it is read at stage 3 only"
+    if zero.zeropp_loco_param is not None and not zero.zero_quantized_gradients:
+        yield "zero_optimization.zeropp_loco_param has no effect without zero_quantized_gradients: set that to true"
 
 
 def _reduction(config: Config) -> Iterator[Problem]:

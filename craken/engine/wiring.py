@@ -16,6 +16,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from craken.comm import (
+    ErrorFeedback,
     MeshAxis,
     QuantisedGather,
     QuantisedReduce,
@@ -75,7 +76,9 @@ def _sums(zero: ZeroOptimization, axis: MeshAxis) -> Transport:
     if not zero.zero_quantized_gradients:
         return transport_for(axis)
     inner, outer = split_axis(axis, _ranks_per_node(zero, axis))
-    return QuantisedReduce(channel_over(axis), channel_over(inner), channel_over(outer))
+    loco = zero.zeropp_loco_param
+    feedback = None if loco is None else ErrorFeedback(beta=loco.err_beta, reset_after=loco.reset_T)
+    return QuantisedReduce(channel_over(axis), channel_over(inner), channel_over(outer), feedback=feedback)
 
 
 def _ranks_per_node(zero: ZeroOptimization, axis: MeshAxis) -> int:

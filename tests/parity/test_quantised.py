@@ -21,6 +21,7 @@ QUANTISED = [
     {"zero_quantized_gradients": True},
     {"zero_quantized_weights": True, "zero_quantized_gradients": True, **HPZ},
     {"zero_quantized_weights": True, "zero_quantized_gradients": True, **MICS},
+    {"zero_quantized_gradients": True, "zeropp_loco_param": {"err_beta": 0.2, "reset_T": 16}, **HPZ},
 ]
 TOLERANCE = 0.005  # of the loss, over twenty steps
 

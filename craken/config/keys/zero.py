@@ -124,8 +124,8 @@ OFFLOADS = [
     ),
     *section(
         "zero_optimization.zeropp_loco_param",
-        LATER,
-        "gradients travel unquantised",
+        STAGE_3,
+        "what quantised gradients lose is given to those that follow",
         err_beta=0.5,
         reset_T=512,
     ),

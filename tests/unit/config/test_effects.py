@@ -44,6 +44,10 @@ def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             "zero_optimization.zero_hpz_partition_size has no effect at stage 1: it is read at stage 3 only",
         ),
         (
+            {"zero_optimization": {"stage": 3, "zeropp_loco_param": {"err_beta": 0.5}}},
+            "zero_optimization.zeropp_loco_param has no effect without zero_quantized_gradients",
+        ),
+        (
             {"zero_optimization": {"stage": 3, "mics_shard_size": 8, "mics_hierarchical_params_gather": True}},
             "zero_optimization.mics_hierarchical_params_gather = true has no effect: ",
         ),
