@@ -8,9 +8,8 @@
 Buffers have the layout of the group's flat buffer. Sums are over ranks and micro-batches; the division by their number
 happens once, in the optimizer's step.
 
-Where the optimizer's states have left the device, each backward's sum follows them to the host while the backward goes
-on, and adds to what is there; its norms are taken in passing. The memory stays and is lent to the weights on their way
-back.
+Where the optimizer's states have left the device, each backward's sum follows them while the backward goes on
+(host_sum.py).
 """
 
 from __future__ import annotations
@@ -22,8 +21,8 @@ from torch import Tensor
 
 from craken.comm import Pending, start_sum
 from craken.zero.flat import own_part, slot_views, zero_gaps
+from craken.zero.host_sum import HostSum
 from craken.zero.layout import GroupLayout
-from craken.zero.link import Arrival
 from craken.zero.norms import piece_norms
 from craken.zero.placement import Place
 from craken.zero.room import Room, room_for
@@ -54,16 +53,14 @@ class GroupGradients:
         self._retained: Tensor | None = None
         self.has_reduced = False
         self.touched = [False] * len(shapes)
-        link = wire.shelf.link
-        self.leaves_device = rules.placement.states is not Place.DEVICE and not link.host_is_device
+        link, place = wire.shelf.link, rules.placement
+        self.leaves_device = place.states is not Place.DEVICE and not link.host_is_device
+        self._host = HostSum(link, layout.shard_numel, pins=place.pins_states)
         # where replicas add theirs, a sum over the axis stays until they have
         self._sends_each_sum = self.leaves_device and wire.replication is None
         self._total: Tensor | None = None
         self._has_total = False
-        self._on_host: Tensor | None = None
-        self._arrival = Arrival()
         self._room = self._room_for_sum()
-        self._norms: Sequence[Tensor] = ()
 
     def begin_accumulating(self) -> None:
         """Hold gradients over several micro-batches from now on, in fp32 unless the config names a dtype.
@@ -79,8 +76,7 @@ class GroupGradients:
         if self._retained is not None:
             self._retained = self._retained.to(self.accumulate_dtype)
         if self.leaves_device and (self.has_reduced if self._sends_each_sum else self._has_total):
-            shard, self._on_host = self.reduced, None
-            self._host_sum().copy_(shard)
+            self._host.convert(self.accumulate_dtype)
         if self._total is not None:
             self._total = self._total.to(self.accumulate_dtype)
         if self._reduced_shard is not None:
@@ -167,7 +163,7 @@ class GroupGradients:
         """Wait for the shard's sum; with the optimizer FULL, start gathering the sums of the other ranks."""
         assert self._work is not None, f"{self.label} is not being reduced"
         assert self._travelling is not None
-        self._arrival.wait()
+        self._host.wait()
         self._work.wait()
         self._work = None
         if self.rules.policy.gathers_grads:
@@ -207,7 +203,7 @@ class GroupGradients:
         shard, self._reduced_shard = self._reduced_shard, None
         assert shard is not None
         if self.leaves_device:
-            self._send_to_host(shard, adds=self._has_total)
+            self._host.send(shard, adds=self._has_total)
         else:
             self._total = shard if self._total is None else self._total.add_(shard)
         self._has_total = True
@@ -218,34 +214,18 @@ class GroupGradients:
         if self._sends_each_sum:
             shard, self._reduced_shard = self._reduced_shard, None
             if shard is None:
-                self._send_to_host(self._own_part(pending), adds=self.has_reduced)
+                self._host.send(self._own_part(pending), adds=self.has_reduced)
             else:
-                self._send_to_host(shard, adds=False)
+                self._host.send(shard, adds=False)
         elif self._retained is not None:
             self._counted_part(self._retained).add_(self._counted_part(pending))
         elif self.rules.retains_full_grads:
             self._retained = pending
         self.has_reduced = True
 
-    def _send_to_host(self, shard: Tensor, *, adds: bool) -> None:
-        """Start to copy a sum to the host, with `adds` on top of what is there."""
-        link, host = self.wire.shelf.link, self._host_sum()
-        with link.beside("down", shard):
-            if adds:
-                shard.add_(host.to(shard.device, non_blocking=True))
-            self._norms = piece_norms(shard)
-            host.copy_(shard, non_blocking=True)
-            self._arrival = link.mark()
-
-    def _host_sum(self) -> Tensor:
-        if self._on_host is None:
-            pins = self.rules.placement.pins_states
-            self._on_host = self.wire.shelf.link.empty(self.layout.shard_numel, self.accumulate_dtype, pins=pins)
-        return self._on_host
-
     def lend(self, dtype: torch.dtype) -> Tensor:
-        """Return host memory [shard_numel] that the device can read, until the next gradient is sent to the host."""
-        return self._host_sum().view(torch.uint8)[: self.layout.shard_numel * dtype.itemsize].view(dtype)
+        """Return host memory [shard_numel] that the device can read, until the next sum leaves for the host."""
+        return self._host.lend(dtype, self.accumulate_dtype)
 
     def _counted_part(self, full: Tensor) -> Tensor:
         """Return the part of a summed full buffer that is valid: all of it after an all-gather, else the own slice."""
@@ -269,11 +249,8 @@ class GroupGradients:
     def _shard_for_sum(self) -> Tensor:
         if self._reduced_shard is None:
             self._reduced_shard = self._memory_for_sum()
-            if self._sends_each_sum and self.has_reduced:  # the sum so far comes back to be added to
-                link = self.wire.shelf.link
-                with link.beside("down", self._reduced_shard):
-                    self._reduced_shard.copy_(self._host_sum(), non_blocking=True)
-                    self._arrival = link.mark()
+            if self._sends_each_sum and self.has_reduced:
+                self._host.bring(self._reduced_shard)
         return self._reduced_shard
 
     def _room_for_sum(self) -> Room | None:
@@ -301,8 +278,7 @@ class GroupGradients:
         """The summed gradient in the accumulate dtype: [shard_numel], or [padded_numel] with the optimizer FULL."""
         assert self.has_reduced, f"{self.label} has no reduced gradient"
         if self.leaves_device:
-            self._arrival.wait_on_host()
-            return self._host_sum()
+            return self._host.values
         if self._retained is not None:
             return self._counted_part(self._retained)
         shard = self._reduced_shard if self._total is None else self._total
@@ -315,10 +291,7 @@ class GroupGradients:
 
     def norms(self) -> Sequence[Tensor]:
         """Return the L2 norms of the pieces of `own_reduced`, on the device."""
-        if not self.leaves_device:
-            return piece_norms(self.own_reduced())
-        self._arrival.wait()
-        return self._norms
+        return self._host.norms() if self.leaves_device else piece_norms(self.own_reduced())
 
     @property
     def on_device(self) -> list[Tensor]:
@@ -329,7 +302,7 @@ class GroupGradients:
     @property
     def on_host(self) -> list[Tensor]:
         """The buffers that lie in the host's memory and not on the device."""
-        return [] if self._on_host is None else [self._on_host]
+        return self._host.memory
 
     def drop(self) -> None:
         """Forget all gradients and give their memory back: the next forward's activations can use it."""
@@ -337,7 +310,6 @@ class GroupGradients:
             self._room.give_back()
         self._pending = self._retained = self._reduced_shard = self._total = None
         self._has_total = False
-        self._norms = ()
         self._places = []
         self._filled = [False] * len(self.shapes)
         self.touched = [False] * len(self.shapes)
