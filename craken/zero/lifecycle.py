@@ -58,6 +58,7 @@ class Lifecycle:
         self.residence, self._reducer, self._warn = residence, reducer, warn
         self.handles: list[Removable] = []  # of the hooks that call this
         self._running: list[Passage] = []
+        self._depth = 0  # of the stack where the outermost of them began
         self._uses = Uses()
         self._outermost: int | None = None  # the graph task of the backward that runs
 
@@ -79,7 +80,7 @@ class Lifecycle:
         if is_in_backward():
             self._reducer.send_closed()
         else:
-            self._begin_pass(unit)
+            self._begin_pass()
         for outer in self._running:
             outer.enclose()
         passage = Passage(unit, self._groups_of[id(unit.module)])
@@ -89,10 +90,12 @@ class Lifecycle:
             return None
         return self._watch_inputs(passage, inputs, kwargs)
 
-    def _begin_pass(self, unit: Unit) -> None:
-        if self._running and self._running[0].unit is unit:
-            self._unwind(self._running[0])  # an interrupt ended its last forward past all hooks
+    def _begin_pass(self) -> None:
+        depth = _stack_depth()
+        if self._running and depth <= self._depth:
+            self._unwind(self._running[0])  # an interrupt ended that forward past all hooks
         if not self._running:
+            self._depth = depth
             self._reducer.abandon_backward()  # a backward that raised never said that it ended
             self._uses.forget_awaited()
             self.residence.begin_pass(kind=torch.is_grad_enabled())
@@ -225,6 +228,13 @@ class Lifecycle:
         if not self._running:
             self._uses.forget_awaited()
         self.residence.sweep(BACKWARD)
+
+
+def _stack_depth() -> int:
+    frame, depth = sys._getframe(), 0
+    while (outer := frame.f_back) is not None:
+        frame, depth = outer, depth + 1
+    return depth
 
 
 def _memory_of(tensor: Tensor) -> int:

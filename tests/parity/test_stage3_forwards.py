@@ -135,6 +135,17 @@ class Overrides(nn.Module):
         return functional_call(self.block, {"up.weight": other}, (x,))
 
 
+class CallsItself(nn.Module):
+    """Runs itself inside of itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.inner = nn.Parameter(torch.randn(WIDTH)), Block()
+
+    def forward(self, x: Tensor, times: int = 3) -> Tensor:
+        return self.inner(x) * self.weight if times == 0 else self(x, times - 1) + self.weight
+
+
 @dataclasses.dataclass(frozen=True)
 class Answer:
     hidden: Tensor
@@ -204,6 +215,7 @@ PECULIAR: dict[str, Callable[[], nn.Module]] = {
     "ties weights of two units": TiedUnits,
     "differentiates inside": Penalty,
     "overrides a weight": Overrides,
+    "calls itself": CallsItself,
     "returns a dict": lambda: Speaks("dict"),
     "returns a dataclass": lambda: Speaks("dataclass"),
     "returns a cache": lambda: Speaks("cache"),
@@ -294,6 +306,21 @@ def penalty_outside() -> None:
 
 def test_a_gradient_penalty_is_differentiated_again(run_ranks) -> None:
     run_ranks(penalty_outside, 2)
+
+
+def call_itself() -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(15)
+        pair = Pair(3, CallsItself())
+    for step in range(3):
+        pair.step_both(step)
+        assert all(param.shape == (0,) for param in pair.model.parameters())
+    pair.assert_same_weights(atol=1e-5)
+    pair.close()
+
+
+def test_the_outermost_module_may_run_inside_of_itself(run_ranks) -> None:
+    run_ranks(call_itself, 2)
 
 
 def twice_through_one_graph() -> None:
