@@ -146,6 +146,53 @@ class CallsItself(nn.Module):
         return self.inner(x) * self.weight if times == 0 else self(x, times - 1) + self.weight
 
 
+class Attends(nn.Module):
+    """Torch's attention reads the weight of its child without running it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(WIDTH, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.attention(x, x, x)[0]
+
+
+class Recurs(nn.Module):
+    """Torch's LSTM keeps its weights in a list of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.lstm(x)[0]
+
+
+class Normalised(nn.Module):
+    """A weight that is computed from two others whenever it is read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.utils.parametrizations.weight_norm(nn.Linear(WIDTH, WIDTH))
+        self.older = nn.utils.spectral_norm(nn.Linear(WIDTH, WIDTH)).eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.older(self.linear(x)) + self.linear.weight.sum()
+
+
+class Adapted(nn.Module):
+    """A frozen block with a trained detour, whose activations are kept on the host."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.base, self.down, self.up = Block(), nn.Linear(WIDTH, 2, bias=False), nn.Linear(2, WIDTH, bias=False)
+        self.base.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autograd.graph.save_on_cpu():
+            return self.base(x) + self.up(self.down(x.to(self.down.weight.dtype)))
+
+
 @dataclasses.dataclass(frozen=True)
 class Answer:
     hidden: Tensor
@@ -216,6 +263,10 @@ PECULIAR: dict[str, Callable[[], nn.Module]] = {
     "differentiates inside": Penalty,
     "overrides a weight": Overrides,
     "calls itself": CallsItself,
+    "attends": Attends,
+    "is recurrent": Recurs,
+    "normalises weights": Normalised,
+    "trains an adapter": Adapted,
     "returns a dict": lambda: Speaks("dict"),
     "returns a dataclass": lambda: Speaks("dataclass"),
     "returns a cache": lambda: Speaks("cache"),
