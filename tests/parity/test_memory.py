@@ -14,6 +14,7 @@ different size and dividing the difference by the difference in parameters.
 from __future__ import annotations
 
 import gc
+from typing import Any
 
 import pytest
 import torch
@@ -37,7 +38,7 @@ def expected_bytes_per_parameter(stage: int, world_size: int, grad_bytes: int) -
     return full + sharded / world_size
 
 
-def bytes_held(num_layers: int, stage: int, accumulate_dtype: str | None) -> int:
+def bytes_held(num_layers: int, stage: int, accumulate_dtype: str | None, zero: dict[str, Any]) -> int:
     """Return what one rank holds between micro-batches of the second step, over what it held before."""
     import craken
 
@@ -50,7 +51,7 @@ def bytes_held(num_layers: int, stage: int, accumulate_dtype: str | None) -> int
         "gradient_clipping": 0.0,
         "optimizer": {"type": "AdamW", "params": {"lr": 1e-3}},
         "bf16": {"enabled": True},
-        "zero_optimization": {"stage": stage, "reduce_bucket_size": 2 * WIDTH * WIDTH},
+        "zero_optimization": {"stage": stage, "reduce_bucket_size": 2 * WIDTH * WIDTH, **zero},
     }
     if accumulate_dtype is not None:
         config["data_types"] = {"grad_accum_dtype": accumulate_dtype}
@@ -66,9 +67,9 @@ def bytes_held(num_layers: int, stage: int, accumulate_dtype: str | None) -> int
     return held
 
 
-def bytes_per_parameter(stage: int, accumulate_dtype: str | None) -> float:
-    bytes_held(2, stage, accumulate_dtype)  # imports, threads and caches
-    small, large = (bytes_held(num_layers, stage, accumulate_dtype) for num_layers in (SMALL, LARGE))
+def bytes_per_parameter(stage: int, accumulate_dtype: str | None, **zero: Any) -> float:
+    bytes_held(2, stage, accumulate_dtype, zero)  # imports, threads and caches
+    small, large = (bytes_held(num_layers, stage, accumulate_dtype, zero) for num_layers in (SMALL, LARGE))
     dist.barrier()
     return (large - small) / ((LARGE - SMALL) * WIDTH * WIDTH)
 
@@ -81,6 +82,25 @@ def bytes_per_parameter(stage: int, accumulate_dtype: str | None) -> float:
 def test_model_states_take_what_the_paper_says(run_ranks, stage, world_size, accumulate_dtype, grad_bytes) -> None:
     expected = expected_bytes_per_parameter(stage, world_size, grad_bytes)
     for measured in run_ranks(bytes_per_parameter, world_size, stage, accumulate_dtype):
+        assert measured == pytest.approx(expected, rel=0.03)
+
+
+MICS, HPZ = {"mics_shard_size": 2}, {"zero_hpz_partition_size": 2}
+LOCO = {"zero_quantized_gradients": True, "zeropp_loco_param": {}}
+
+
+@pytest.mark.parametrize(
+    ("zero", "expected"),
+    [
+        (MICS, 18 / 2),
+        (HPZ, 18 / 4 + 2 / 2),
+        ({"zero_quantized_weights": True, "zero_quantized_gradients": True}, 18 / 4),
+        (LOCO, 18 / 4 + (1 + 1 / 64) * 3 / 4),
+    ],
+    ids=["mics", "hpz", "quantised", "error feedback"],
+)
+def test_model_states_on_4_ranks_take_what_each_mesh_and_transport_says(run_ranks, zero, expected) -> None:
+    for measured in run_ranks(bytes_per_parameter, 4, 3, None, **zero):
         assert measured == pytest.approx(expected, rel=0.03)
 
 
