@@ -29,7 +29,7 @@ TOLERANCE = 0.005  # of the loss, over twenty steps
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_quantised_runs_stay_near_the_exact_one(run_ranks, dtype) -> None:
     case = Case(dtype, 4, 2, clip=0.5, steps=20)
-    by_rank = run_ranks(train_each, 4, case, [{}, *QUANTISED])
+    by_rank = run_ranks(train_each, 4, case, [{}, *QUANTISED], timeout_s=240)  # six runs
     exact = mean_losses(runs_of(by_rank, 0))
     assert exact[-1] < 0.95 * exact[0]
     for which, zero in enumerate(QUANTISED, start=1):
