@@ -36,6 +36,7 @@ from craken.zero import (
     ShardedOptimizer,
     ShardedStep,
     StepResult,
+    hold_states,
     is_in_backward,
     register,
     register_whole,
@@ -96,6 +97,7 @@ class Engine(nn.Module):
             self.optimizer = ShardedOptimizer(parts.binding.optimizer, parts.loss_scale)
         self._handles: list[Removable] = [*watch_gradients(parts.groups, self._reducer, self._grad_factor)]
         self._lifecycle = self._bring_weights(parts)
+        hold_states(self.module, parts.groups, parts.binding, self._grad_divisor)
         self._handles.append(watch_loading(self.module, self._weights_were_loaded))
         self._autocast_dtype = _autocast_dtype(parts)
 
@@ -250,10 +252,14 @@ class Engine(nn.Module):
             result = self._take_step(self._stepper)
         self._after_step(result, lr_kwargs)
 
+    def _grad_divisor(self) -> float:
+        """Return what a sum of gradients is divided by to give the mean gradient of the loss as it was."""
+        return self.parts.stride.divisor * self.loss_scaler.value
+
     def _take_step(self, stepper: ShardedStep) -> StepResult:
         stride = self.parts.stride
         result = stepper.step(
-            divisor=stride.divisor * self.loss_scaler.value,
+            divisor=self._grad_divisor(),
             max_norm=stride.max_norm,
             skip_nonfinite=stride.skips_nonfinite,
         )

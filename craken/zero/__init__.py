@@ -13,6 +13,21 @@ from craken.zero.binding import Binding
 from craken.zero.build import LiveBudget, ShardedLayers, ShardingPlan, is_castable, shard_model
 from craken.zero.construct import Init, paused
 from craken.zero.facade import ShardedOptimizer
+from craken.zero.full_access import (
+    hold_states,
+    safe_get_full_fp32_param,
+    safe_get_full_grad,
+    safe_get_full_optimizer_state,
+    safe_get_local_fp32_param,
+    safe_get_local_grad,
+    safe_get_local_optimizer_state,
+    safe_set_full_fp32_param,
+    safe_set_full_grad,
+    safe_set_full_optimizer_state,
+    safe_set_local_fp32_param,
+    safe_set_local_grad,
+    safe_set_local_optimizer_state,
+)
 from craken.zero.group import ShardGroup
 from craken.zero.grouping import CPU_GROUP_BYTES, CUDA_GROUP_BYTES, Budget
 from craken.zero.heap import keep_freed_memory, return_freed_memory, returning_freed_memory
@@ -88,6 +103,7 @@ __all__ = [
     "bytes_by_place",
     "external_parameters",
     "get_z3_leaf_modules",
+    "hold_states",
     "is_castable",
     "is_in_backward",
     "keep_freed_memory",
@@ -100,6 +116,18 @@ __all__ = [
     "register_whole",
     "return_freed_memory",
     "returning_freed_memory",
+    "safe_get_full_fp32_param",
+    "safe_get_full_grad",
+    "safe_get_full_optimizer_state",
+    "safe_get_local_fp32_param",
+    "safe_get_local_grad",
+    "safe_get_local_optimizer_state",
+    "safe_set_full_fp32_param",
+    "safe_set_full_grad",
+    "safe_set_full_optimizer_state",
+    "safe_set_local_fp32_param",
+    "safe_set_local_grad",
+    "safe_set_local_optimizer_state",
     "set_z3_leaf_module",
     "set_z3_leaf_modules",
     "set_z3_leaf_modules_by_name",

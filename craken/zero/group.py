@@ -55,7 +55,7 @@ class ShardGroup:
         self.dtype = dtype
         self.weights: ShardedWeights | None = None
         self.master, self.master_file = self._move_in()
-        self.fragments = self._make_fragments()
+        self.fragments = [self._fragment(piece) for piece in self.pieces()]
         self.gradients = GroupGradients(self.label, self.shapes, self.layout, dtype, rules, wire)
 
     def _cut(self) -> Cut:
@@ -108,12 +108,11 @@ class ShardGroup:
         resting.flat.copy_(values)
         return resting
 
-    def _make_fragments(self) -> list[MasterFragment]:
+    def pieces(self) -> list[Fragment]:
+        """Return where what this rank's optimizer updates of each parameter lies in the master and in reduced sums."""
         if self.policy.optimizer is Keep.FULL:
-            pieces = [Fragment(i, 0, slot.offset, slot.numel) for i, slot in enumerate(self.layout.slots)]
-        else:
-            pieces = self.layout.fragments(self.wire.axis.rank)
-        return [self._fragment(piece) for piece in pieces]
+            return [Fragment(i, 0, slot.offset, slot.numel) for i, slot in enumerate(self.layout.slots)]
+        return self.layout.fragments(self.wire.axis.rank)
 
     def _fragment(self, piece: Fragment) -> MasterFragment:
         shape = self.shapes[piece.slot]
@@ -195,6 +194,22 @@ class ShardGroup:
         for piece in self.layout.fragments(self.wire.axis.rank):
             if piece.slot == slot:
                 values = self.view_of(slot).view(-1).narrow(0, piece.param_offset, piece.numel)
+                self.kept.narrow(0, piece.shard_offset, piece.numel).copy_(values)
+                if not self.master_is_kept:
+                    self.master.narrow(0, piece.shard_offset, piece.numel).copy_(values)
+
+    def write(self, slot: int, value: Tensor) -> None:
+        """Make `value`, whole, one parameter's: its master's, this rank's part of it, and the whole where it is there.
+
+        Every rank calls it with the same value.
+        """
+        if self.weights is not None:
+            self.weights.shards_changed()
+        if self.weights is None or self.weights.is_whole:
+            self.view_of(slot).copy_(value)
+        for piece in self.pieces():
+            if piece.slot == slot:
+                values = value.detach().reshape(-1).narrow(0, piece.param_offset, piece.numel)
                 self.kept.narrow(0, piece.shard_offset, piece.numel).copy_(values)
                 if not self.master_is_kept:
                     self.master.narrow(0, piece.shard_offset, piece.numel).copy_(values)

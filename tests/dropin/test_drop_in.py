@@ -25,6 +25,10 @@ deepspeed.zero: register_external_parameter unregister_external_parameter
 deepspeed.runtime.zero.partition_parameters: Init GatheredParameters ZeroParamStatus register_external_parameter
 deepspeed.runtime.zero.partition_parameters: zero_wrapper_for_fp_tensor_constructor _orig_torch_arange get_accelerator
 deepspeed.utils: logger log_dist RepeatingLoader
+deepspeed.utils: safe_get_full_fp32_param safe_get_full_grad safe_get_full_optimizer_state safe_get_local_fp32_param
+deepspeed.utils: safe_get_local_grad safe_get_local_optimizer_state safe_set_full_fp32_param safe_set_full_grad
+deepspeed.utils: safe_set_full_optimizer_state safe_set_local_fp32_param safe_set_local_grad
+deepspeed.utils: safe_set_local_optimizer_state
 deepspeed.utils.logging: logger log_dist
 deepspeed.runtime.engine: DeepSpeedEngine
 deepspeed.runtime.config: DeepSpeedConfig

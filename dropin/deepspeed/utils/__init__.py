@@ -12,3 +12,4 @@ from craken.zero import unset_z3_leaf_modules as unset_z3_leaf_modules
 from craken.zero import z3_leaf_module as z3_leaf_module
 from craken.zero import z3_leaf_parameter as z3_leaf_parameter
 from deepspeed.utils import logging as logging
+from deepspeed.utils.tensor_fragment import *  # noqa: F403 - all of it is offered here too

@@ -1,0 +1,200 @@
+"""Reading and writing one parameter's master, gradient and states, against a plain optimizer's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.parity.side_by_side import Pair, error, inputs, two_paths, value
+
+stages = pytest.mark.parametrize("stage", [0, 1, 2, 3])
+
+
+def pairs_of(pair: Pair) -> list[tuple[nn.Parameter, nn.Parameter]]:
+    return list(zip(pair.model.parameters(), pair.twin.parameters(), strict=True))
+
+
+def same(ours: Tensor | None, plain: Tensor | None, what: str) -> None:
+    assert ours is not None, what
+    torch.testing.assert_close(ours, plain, rtol=2e-6, atol=2e-7, msg=lambda text: f"{what}: {text}")
+
+
+def backward_both(pair: Pair, step: int) -> None:
+    pair.engine.backward(error(pair.engine(inputs(step, pair.rank))))
+    pair.twin_backward(step)
+
+
+def reading(stage: int, config: dict[str, Any]) -> None:
+    from craken.zero import safe_get_full_fp32_param, safe_get_full_grad, safe_get_full_optimizer_state
+
+    pair = Pair(stage, config=config)
+    for param, plain in pairs_of(pair):
+        same(safe_get_full_fp32_param(param), plain.detach(), "master")
+        assert safe_get_full_grad(param) is None
+        assert safe_get_full_optimizer_state(param, "exp_avg") is None
+    for step in range(2):
+        backward_both(pair, step)
+        for param, plain in pairs_of(pair):
+            same(safe_get_full_grad(param), plain.grad, "gradient")
+        pair.engine.step()
+        pair.twin_step()
+        for param, plain in pairs_of(pair):
+            same(safe_get_full_fp32_param(param), plain.detach(), "master")
+            assert safe_get_full_grad(param) is None
+            for key in ("exp_avg", "exp_avg_sq"):
+                same(safe_get_full_optimizer_state(param, key), pair.twin_optimizer.state[plain][key], key)
+            assert safe_get_full_optimizer_state(param, "step") == step + 1
+            assert safe_get_full_optimizer_state(param, "momentum") is None
+    pair.assert_same_weights()
+    pair.close()
+
+
+@stages
+def test_what_an_engine_holds_of_a_parameter_is_read_whole(run_ranks, stage) -> None:
+    run_ranks(reading, 2, stage, {})
+
+
+def test_parameters_that_stay_whole_at_stage_3_are_read_too(run_ranks) -> None:
+    run_ranks(reading, 2, 3, {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 10**6}})
+
+
+def writing(stage: int, persistent: int) -> None:
+    from craken.zero import (
+        safe_get_full_fp32_param,
+        safe_set_full_fp32_param,
+        safe_set_full_grad,
+        safe_set_full_optimizer_state,
+    )
+
+    zero = {"stage": stage, "reduce_bucket_size": 20, "stage3_param_persistence_threshold": persistent}
+    pair = Pair(stage, config={"zero_optimization": zero})
+    pair.step_both(0)
+    for param, plain in pairs_of(pair):
+        for key, factor in (("exp_avg", 2.0), ("exp_avg_sq", 3.0)):
+            state = pair.twin_optimizer.state[plain][key]
+            state.mul_(factor)
+            safe_set_full_optimizer_state(param, state, key)
+        plain.data.mul_(0.5).add_(0.25)
+        safe_set_full_fp32_param(param, plain.detach())
+        same(safe_get_full_fp32_param(param), plain.detach(), "master")
+        same(value(param), plain.detach(), "weights")
+    backward_both(pair, 1)
+    for param, plain in pairs_of(pair):
+        plain.grad.copy_(torch.linspace(-1, 1, plain.numel()).view(plain.shape))
+        safe_set_full_grad(param, plain.grad)
+    pair.engine.step()
+    pair.twin_step()
+    pair.step_both(2)
+    pair.assert_same_weights()
+    pair.close()
+
+
+@pytest.mark.parametrize(("stage", "persistent"), [(0, 0), (1, 0), (2, 0), (3, 0), (3, 10**6)])
+def test_what_is_written_is_what_the_next_step_takes(run_ranks, stage, persistent) -> None:
+    run_ranks(writing, 2, stage, persistent)
+
+
+def locally(stage: int) -> int:
+    from craken.zero import (
+        safe_get_local_fp32_param,
+        safe_get_local_grad,
+        safe_get_local_optimizer_state,
+        safe_set_local_fp32_param,
+        safe_set_local_grad,
+        safe_set_local_optimizer_state,
+    )
+
+    pair = Pair(stage)
+    pair.step_both(0)
+    kept = 0
+    for param, plain in pairs_of(pair):
+        part = safe_get_local_fp32_param(param)
+        kept += part.numel()
+        safe_set_local_fp32_param(param, part * 0.5)
+        plain.data.mul_(0.5)
+        state = safe_get_local_optimizer_state(param, "exp_avg")
+        if state is not None:
+            safe_set_local_optimizer_state(param, state * 2, "exp_avg")
+        pair.twin_optimizer.state[plain]["exp_avg"].mul_(2)
+        assert safe_get_local_grad(param) is None
+    pair.assert_same_weights()
+    backward_both(pair, 1)
+    for param, plain in pairs_of(pair):
+        safe_set_local_grad(param, safe_get_local_grad(param) * 3)
+        plain.grad.mul_(3)
+    pair.engine.step()
+    pair.twin_step()
+    pair.assert_same_weights()
+    pair.close()
+    return kept
+
+
+@stages
+def test_a_rank_reads_and_writes_its_own_part(run_ranks, stage) -> None:
+    kept = run_ranks(locally, 2, stage)
+    assert kept == [70, 70] if stage == 0 else sum(kept) == 70
+
+
+def in_half_precision(stage: int) -> None:
+    from craken.zero import safe_get_full_fp32_param, safe_get_full_grad, safe_set_full_fp32_param
+
+    config = {"fp16": {"enabled": True, "loss_scale": 128.0}}
+    pair = Pair(stage, config=config)
+    exact = torch.full((5, 6), 1.0 + 2.0**-16)
+    weight = pair.model.left.weight
+    safe_set_full_fp32_param(weight, exact)
+    assert torch.equal(safe_get_full_fp32_param(weight), exact), "the master was rounded"
+    assert value(weight).unique().tolist() == [1.0]
+    pair.twin.left.weight.data.copy_(exact)
+    pair.engine.backward(error(pair.engine(inputs(0, pair.rank).half())))
+    pair.twin_backward(0)
+    got = safe_get_full_grad(weight)
+    assert got.dtype is torch.float32
+    torch.testing.assert_close(got, pair.twin.left.weight.grad, rtol=5e-3, atol=1e-3)  # the loss scale is divided out
+    pair.engine.step()
+    pair.close()
+
+
+@stages
+def test_masters_keep_their_precision_and_gradients_lose_the_loss_scale(run_ranks, stage) -> None:
+    run_ranks(in_half_precision, 2, stage)
+
+
+def refusals() -> None:
+    from craken.zero import (
+        safe_get_full_fp32_param,
+        safe_get_full_grad,
+        safe_get_local_grad,
+        safe_set_full_fp32_param,
+        safe_set_full_grad,
+        safe_set_full_optimizer_state,
+        safe_set_local_fp32_param,
+    )
+
+    model = two_paths()
+    model.right.bias.requires_grad_(False)
+    pair = Pair(3, model)
+    for stranger in (model.right.bias, nn.Parameter(torch.ones(2)), torch.ones(2)):
+        assert (
+            safe_get_full_fp32_param(stranger) is safe_get_full_grad(stranger) is safe_get_local_grad(stranger) is None
+        )
+    weight = model.left.weight
+    with pytest.raises(ValueError, match="no engine trains this parameter"):
+        safe_set_full_fp32_param(model.right.bias, torch.ones(5))
+    with pytest.raises(ValueError, match=r"shape \(5, 6\)"):
+        safe_set_full_fp32_param(weight, torch.ones(30))
+    with pytest.raises(RuntimeError, match="no gradient to set"):
+        safe_set_full_grad(weight, torch.ones(5, 6))
+    with pytest.raises(ValueError, match="keeps"):
+        safe_set_local_fp32_param(weight, torch.ones(31))
+    if pair.rank == 0:  # the weight's first part is there
+        with pytest.raises(ValueError, match="no state 'exp_avg'"):
+            safe_set_full_optimizer_state(weight, torch.ones(5, 6), "exp_avg")
+    pair.close()
+
+
+def test_what_no_engine_trains_has_nothing_to_read(run_ranks) -> None:
+    run_ranks(refusals, 2)
