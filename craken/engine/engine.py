@@ -112,14 +112,14 @@ class Engine(nn.Module):
         register(groups, parts.axis, residence, lifecycle)
         grouped = {id(param) for group in groups for param in group.params}
         register_whole((param for param in parts.module.parameters() if id(param) not in grouped), parts.axis)
-        if not freed:
-            return None
-        self._reducer.observer = lifecycle
-        offload = ParameterOffload(parts.module, parts.layers.units, freed, lifecycle)
+        offload = ParameterOffload(parts.module, parts.layers.units if freed else [], freed, lifecycle)
         if isinstance(self.optimizer, ShardedOptimizer):
             self.optimizer.parameter_offload = offload
         else:
             self.optimizer = offload  # where clients look for it, without an optimizer
+        if not freed:
+            return None
+        self._reducer.observer = lifecycle
         return lifecycle
 
     def __getattr__(self, name: str) -> Any:
