@@ -115,8 +115,17 @@ class Lifecycle:
         if not aliases:
             return None
         passage.takes_gradients = True
-        register_multi_grad_hook(aliases, lambda grads: self._close(self._uses.end(passage.uses)))
+        self._call_when_known(aliases, lambda *grads: self._close(self._uses.end(passage.uses)))
         return inputs, kwargs
+
+    @staticmethod
+    def _call_when_known(aliases: Sequence[Tensor], call: Callable[..., None]) -> None:
+        """Have `call` called in a backward, once the gradients of all `aliases` that get one are known."""
+        if len(aliases) == 1:
+            # the hook for many refers to the graph it hangs on: unused losses would keep their activations for a while
+            aliases[0].register_hook(call)  # type: ignore[no-untyped-call]
+        else:
+            register_multi_grad_hook(aliases, call)
 
     def after_forward(self, unit: Unit, outputs: Any) -> Any:
         """Free the unit's weights, unless the backward that runs will read them next; called after exceptions too.

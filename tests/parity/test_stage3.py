@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+import gc
+import weakref
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -225,3 +227,45 @@ def frozen_again() -> None:
 
 def test_a_sharded_model_may_be_given_to_a_lower_stage(run_ranks) -> None:
     run_ranks(frozen_again, 2)
+
+
+class Marked(torch.autograd.Function):
+    """The identity; `alive` holds a weak reference to each node of a graph that is there."""
+
+    alive: ClassVar[list[Any]] = []
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        Marked.alive.append(weakref.ref(ctx))
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad
+
+
+class MarkedBlock(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(Marked.apply(x))
+
+
+def unused_graph() -> None:
+    model = nn.Sequential(nn.Linear(6, 6), *(MarkedBlock(6) for _ in range(4)))
+    pair = Pair(3, model)
+    pair.step_both(0)
+    Marked.alive.clear()
+    gc.disable()
+    try:
+        pair.engine(inputs(1, pair.rank))  # a loss that is never used
+        assert len(Marked.alive) == 4
+        assert not any(node() is not None for node in Marked.alive), "the graph waits for the garbage collector"
+    finally:
+        gc.enable()
+        Marked.alive.clear()
+    pair.step_both(2)
+    pair.assert_same_weights(atol=1e-5)  # Adam divides roundings by small gradients
+    pair.close()
+
+
+def test_a_graph_that_nobody_uses_goes_at_once(run_ranks) -> None:
+    run_ranks(unused_graph, 2)
