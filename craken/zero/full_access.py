@@ -195,6 +195,7 @@ def _set_grad(held: _Held, value: Tensor) -> None:
     part = _reduced_part(held)
     if part is not None:
         part.copy_(value * (_divisor(held) / held.group.wire.num_replicas))
+        held.group.gradients.sum_changed()
 
 
 def _reduced_part(held: _Held) -> Tensor | None:

@@ -293,6 +293,11 @@ class GroupGradients:
         """Return the L2 norms of the pieces of `own_reduced`, on the device."""
         return self._host.norms() if self.leaves_device else piece_norms(self.own_reduced())
 
+    def sum_changed(self) -> None:
+        """Take note that somebody has written to `reduced`."""
+        if self.leaves_device:
+            self._host.changed()
+
     @property
     def on_device(self) -> list[Tensor]:
         """The buffers that lie on the device now."""

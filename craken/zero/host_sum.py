@@ -59,6 +59,10 @@ class HostSum:
         self._arrival.wait()
         return self._norms
 
+    def changed(self) -> None:
+        """Take the norms anew: somebody has written to `values`."""
+        self._norms = [norm.to(self._link.device) for norm in piece_norms(self.values)]
+
     def convert(self, dtype: torch.dtype) -> None:
         """Hold what has been summed so far in another dtype."""
         values, self._memory = self.values, None

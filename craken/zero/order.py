@@ -42,6 +42,10 @@ class GatherOrder:
                 return
             yield index
 
+    def following(self, count: int) -> Sequence[int]:
+        """Return the next `count` groups that will be needed."""
+        return self._to_come()[:count]
+
     def distance(self, index: int) -> float:
         """Return the elements that will be needed before group `index` is needed again; infinity if it is not known."""
         passed = 0

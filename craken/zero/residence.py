@@ -24,6 +24,8 @@ from craken.zero.group import ShardGroup
 from craken.zero.order import GatherOrder
 from craken.zero.weights import ShardedWeights
 
+FETCHED_AHEAD = 8  # groups; as many as there are buffers for
+
 BACKWARD, UNTIL_STEP = "the backward that runs", "until the step"  # who holds, besides forwards
 
 
@@ -65,6 +67,7 @@ class Residence:
         self._numels = [group.layout.padded_numel for group in groups]
         self._order = GatherOrder(self._numels)
         self._live = 0  # elements of groups that are here
+        self._rests_in_files = any(stay.weights.is_in_file for stay in self._stays)
 
     def begin_pass(self, kind: Hashable) -> None:
         """A forward begins that is inside of no other: what was gathered ahead in vain goes, and a new order begins."""
@@ -86,6 +89,9 @@ class Residence:
                 self._stays[index].weights.finish()
         for index in self._order.ahead(min(self._ceilings.ahead, self._ceilings.live - self._live)):
             self._come(index)
+        if self._rests_in_files:  # of which each rank may read ahead as it likes
+            for index in self._order.following(FETCHED_AHEAD):
+                self._stays[index].weights.fetch()
 
     def let_go(self, groups: Iterable[ShardGroup], who: Hashable, *, lingers: bool = False) -> None:
         """Free those of `groups` that nobody but `who` holds; with `lingers`, their memory stays until `sweep`."""

@@ -78,8 +78,9 @@ class ShardedWeights:
         del self._params[at], self._slots[at], self._shapes[at]
 
     def shards_changed(self) -> None:
-        """Take note that the shards have new values, on every rank: the second copy is out of date."""
+        """Take note that the shards have new values, on every rank: second copies and what was read are out of date."""
         self._nearby_is_valid = False
+        self._forget_fetched()
 
     def start(self, sources: Sources, label: str, *, exact: bool = False) -> None:
         """Collective: begin to gather the whole (`exact`: as the shards hold it), unless that is under way already."""
@@ -122,8 +123,11 @@ class ShardedWeights:
         if is_needed and self._courier.can_take(spare=1):
             self._begin_reading()
 
-    def forget_fetched(self) -> None:
-        """Drop what was read ahead of use: the file has changed, or nobody came for it."""
+    @property
+    def is_in_file(self) -> bool:
+        return self._file is not None
+
+    def _forget_fetched(self) -> None:
         if self._coming is not None:
             (buffer, ticket), self._coming = self._coming, None
             ticket.wait()
