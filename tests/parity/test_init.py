@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -387,3 +389,17 @@ def reach_into_many() -> list[int]:
 def test_reaching_into_everything_does_not_bring_it_together(run_ranks) -> None:
     for most, total in run_ranks(reach_into_many, 2):
         assert most < 10e6 < total / 2
+
+
+def run_page(text: str) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert len(blocks) == 2
+    names: dict[str, Any] = {}
+    for block in blocks:
+        exec(block, names)
+    names["engine"].destroy()
+
+
+def test_the_page_on_large_models_does_what_it_says(run_ranks) -> None:
+    page = Path(__file__).resolve().parents[2] / "docs" / "large_models.md"
+    run_ranks(run_page, 2, page.read_text())
