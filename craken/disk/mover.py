@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from typing import NamedTuple
 
 from craken.disk.pieces import Piece, cut
@@ -11,6 +13,7 @@ from craken.disk.settings import ALIGNMENT_BYTES, IoSettings
 from craken.disk.traffic import Meter, Traffic
 from craken.disk.transfer import OpenFile, read_piece, write_piece
 
+_STACK_BYTES = 512 << 10
 _Transfer = Callable[[OpenFile, Piece, memoryview], None]
 
 
@@ -73,11 +76,22 @@ class Mover:
         offset, memory = request.offset, request.memory
         pieces = cut(offset, len(memory), request.address, self.settings.piece_bytes, alignment=alignment)
         parts = [memory[piece.offset - offset :][: piece.num_bytes] for piece in pieces]
-        started = [
-            self._threads.submit(_run, transfer, (meter, self._both), request.file, piece, part)
-            for piece, part in zip(pieces, parts, strict=True)
-        ]
+        with _small_stacks():
+            started = [
+                self._threads.submit(_run, transfer, (meter, self._both), request.file, piece, part)
+                for piece, part in zip(pieces, parts, strict=True)
+            ]
         return Ticket(request.name, started)
+
+
+@contextmanager
+def _small_stacks() -> Iterator[None]:
+    """Give threads that start inside small stacks: the system's 8 MiB each count against limits of memory."""
+    before = threading.stack_size(_STACK_BYTES)
+    try:
+        yield
+    finally:
+        threading.stack_size(before)
 
 
 def _run(transfer: _Transfer, meters: tuple[Meter, Meter], file: OpenFile, piece: Piece, memory: memoryview) -> None:

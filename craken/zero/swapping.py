@@ -21,6 +21,7 @@ from craken.disk import SwapFile, Ticket, round_up
 from craken.zero.binding import Binding
 from craken.zero.courier import Courier
 from craken.zero.group import MasterFragment, ShardGroup
+from craken.zero.heap import returning_freed_memory
 from craken.zero.placement import Place
 from craken.zero.shelf import Resting
 from craken.zero.state import empty_state, tensor_states
@@ -69,7 +70,8 @@ class StateSwap:
         flats = swapped.flats_in(buffer)
         swapped.show(flats)
         try:
-            yield
+            with returning_freed_memory():  # states made here are freed when they have moved to files
+                yield
         except BaseException:
             swapped.show(swapped.at_rest)
             self._courier.give_back(buffer)
