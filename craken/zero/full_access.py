@@ -194,7 +194,8 @@ def _grad(held: _Held) -> Tensor | None:
 def _set_grad(held: _Held, value: Tensor) -> None:
     part = _reduced_part(held)
     if part is not None:
-        part.copy_(value * (_divisor(held) / held.group.wire.num_replicas))
+        terms = held.group.wire.num_replicas if held.group.gradients.awaits_replicas else 1  # that are still added up
+        part.copy_(value * (_divisor(held) / terms))
         held.group.gradients.sum_changed()
 
 

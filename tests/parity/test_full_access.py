@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -61,7 +62,16 @@ def test_parameters_that_stay_whole_at_stage_3_are_read_too(run_ranks) -> None:
     run_ranks(reading, 2, 3, {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 10**6}})
 
 
-def writing(stage: int, persistent: int) -> None:
+MESHES = [{"mics_shard_size": 2}, {"zero_hpz_partition_size": 2}]
+
+
+@pytest.mark.parametrize("mesh", MESHES, ids=["MiCS", "hpZ"])
+def test_what_is_sharded_over_a_part_of_the_ranks_is_read_whole(run_ranks, mesh) -> None:
+    zero = {"stage": 3, "reduce_bucket_size": 20, "stage3_param_persistence_threshold": 0, **mesh}
+    run_ranks(reading, 4, 3, {"zero_optimization": zero})
+
+
+def writing(stage: int, settings: dict[str, Any]) -> None:
     from craken.zero import (
         safe_get_full_fp32_param,
         safe_set_full_fp32_param,
@@ -69,7 +79,7 @@ def writing(stage: int, persistent: int) -> None:
         safe_set_full_optimizer_state,
     )
 
-    zero = {"stage": stage, "reduce_bucket_size": 20, "stage3_param_persistence_threshold": persistent}
+    zero = {"stage": stage, "reduce_bucket_size": 20, "stage3_param_persistence_threshold": 0, **settings}
     pair = Pair(stage, config={"zero_optimization": zero})
     pair.step_both(0)
     for param, plain in pairs_of(pair):
@@ -92,9 +102,26 @@ def writing(stage: int, persistent: int) -> None:
     pair.close()
 
 
-@pytest.mark.parametrize(("stage", "persistent"), [(0, 0), (1, 0), (2, 0), (3, 0), (3, 10**6)])
-def test_what_is_written_is_what_the_next_step_takes(run_ranks, stage, persistent) -> None:
-    run_ranks(writing, 2, stage, persistent)
+@stages
+def test_what_is_written_is_what_the_next_step_takes(run_ranks, stage) -> None:
+    run_ranks(writing, 2, stage, {})
+
+
+def test_parameters_that_stay_whole_at_stage_3_are_written_too(run_ranks) -> None:
+    run_ranks(writing, 2, 3, {"stage3_param_persistence_threshold": 10**6})
+
+
+@pytest.mark.parametrize("mesh", MESHES, ids=["MiCS", "hpZ"])
+def test_what_is_sharded_over_a_part_of_the_ranks_is_written_too(run_ranks, mesh) -> None:
+    run_ranks(writing, 4, 3, mesh)
+
+
+@pytest.mark.parametrize("where", ["cpu", "nvme"])
+def test_what_has_left_the_device_is_read_and_written_too(run_ranks, tmp_path: Path, where) -> None:
+    section = {"device": where, "nvme_path": str(tmp_path)}
+    settings = {"offload_optimizer": section, "offload_param": section}
+    run_ranks(writing, 2, 3, settings)
+    run_ranks(reading, 2, 3, {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0, **settings}})
 
 
 def locally(stage: int) -> int:
