@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,9 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine"),
 ]
+
+
+ROUNDING = 1 << 20  # bytes: small tensors
 
 
 def train(case: Case, stage: int, states: str, weights: str, folder: str) -> Any:
@@ -60,6 +64,9 @@ def peak(states: str, weights: str, frozen: bool) -> tuple[int, int, dict[str, i
     """Return the device's peak in the third step, its peak before that, and the ledger."""
     import craken
 
+    gc.collect()  # the engine before this one
+    torch.cuda.empty_cache()
+    start = torch.cuda.memory_allocated()
     model = nn.Sequential(*(nn.Sequential(nn.Linear(2048, 2048), nn.ReLU()) for _ in range(24)))
     if frozen:
         for block in model[:-1]:
@@ -80,13 +87,13 @@ def peak(states: str, weights: str, frozen: bool) -> tuple[int, int, dict[str, i
     for step in range(3):
         if step == 2:
             torch.cuda.synchronize()
-            before = torch.cuda.max_memory_allocated()
+            before = torch.cuda.max_memory_allocated() - start
             torch.cuda.reset_peak_memory_stats()
         x = torch.ones(8, 2048, dtype=torch.bfloat16, device="cuda", requires_grad=True)
         engine.backward(engine(x).float().square().mean())
         engine.step()
     torch.cuda.synchronize()
-    found = torch.cuda.max_memory_allocated(), before, engine.memory_ledger()
+    found = torch.cuda.max_memory_allocated() - start, before, engine.memory_ledger()
     engine.destroy()
     return found
 
@@ -99,11 +106,10 @@ def peaks(frozen: bool) -> list[tuple[int, int, dict[str, int]]]:
 @pytest.mark.parametrize("frozen", [False, True], ids=["all trained", "one block of 24 trained"])
 def test_offload_never_raises_the_peak_of_the_device(run_ranks, frozen) -> None:
     (found,) = run_ranks(peaks, 1, frozen, joins_world=False)
-    print(found)
     (plain, plain_before, _), (states, *_), (weights, weights_before, ledger), (both, both_before, _) = found
-    assert max(states, weights) <= plain, found
-    assert both <= min(states, weights), found
-    assert max(weights_before, both_before) <= plain_before, found
+    assert max(states, weights) <= plain + ROUNDING, found
+    assert both <= min(states, weights) + ROUNDING, found
+    assert max(weights_before, both_before) <= plain_before + ROUNDING, found
     numel = 24 * (2048 * 2048 + 2048)
     assert plain - both > 2 * numel * (0.7 if frozen else 5), f"{found}: what left the device is not free there"
     if frozen:  # the large frozen part rests on the host, the small trained one has its states on the device

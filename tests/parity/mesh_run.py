@@ -40,10 +40,11 @@ def train(case: Case, zero: dict[str, Any]) -> Trained:
     import craken
     from craken import comm
 
-    model, run, rank = tiny_gpt(case.traits), Run(), dist.get_rank()
+    model, run = tiny_gpt(case.traits), Run()
     config = case.config(3)
     config["zero_optimization"].update(zero)
     engine, *_ = craken.initialize(model=model, model_parameters=model.parameters(), config=config)
+    rank = dist.get_rank()  # on CUDA the engine brings the world up
     seen: list[Tensor] = []
     sent: list[Sent] = []
     qkv = model.blocks[0].qkv
