@@ -258,9 +258,10 @@ class GroupGradients:
 
         It is outside of the heap and there before the first backward. A sum stays until the step: amid buffers that
         come and go it would cut up what they leave, and the heap then grows by a group's buffer for every other group.
+        With weights that stay, sums take the place of activations that are freed before them.
         """
         is_on_host = self.wire.device.type == "cpu" and not self.leaves_device and self.wire.replication is None
-        if not is_on_host or not self.rules.trains or self.rules.retains_full_grads:
+        if not is_on_host or not self.rules.trains or not self.rules.policy.frees_params:
             return None
         room = room_for(self.layout.shard_numel, self.accumulate_dtype, self.wire.device)
         room.give_back()
