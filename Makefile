@@ -39,7 +39,7 @@ craken_ds3_auto: $(STAMP) ## ZeRO-3, all settings chosen for you
 craken_ds1: $(STAMP) ## ZeRO-1 from configs/ds_zero1_config.json (accelerate_zero1.yaml takes over with the client issue)
 	$(CRAKEN) train --config configs/ds_zero1_config.json $(FLAGS)
 
-craken_ds2: $(STAMP) ## ZeRO-2 from configs/ds_zero2_config.json, optimizer state on the host (CPU runs only for now)
+craken_ds2: $(STAMP) ## ZeRO-2 from configs/ds_zero2_config.json, optimizer state on the host
 	$(CRAKEN) train --config configs/ds_zero2_config.json $(FLAGS)
 
 craken_ds3: $(STAMP) ## ZeRO-3 from configs/ds_zero3_config.json

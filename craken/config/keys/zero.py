@@ -13,7 +13,7 @@ ZERO = rows(
         "stage",
         WORKS,
         2,
-        "0: all replicated; 1: optimizer states sharded; 2: gradients too; 3: parameters too (comes next)",
+        "0: all replicated; 1: optimizer states sharded; 2: gradients too; 3: parameters too",
     ),
     ("contiguous_gradients", NO_EFFECT, False, "gradients always live in flat buffers"),
     ("reduce_scatter", NO_EFFECT, False, "stages 1 to 3 always reduce-scatter, as it sends half the bytes"),
