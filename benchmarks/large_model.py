@@ -41,7 +41,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--accumulation", type=int, default=1)
     parser.add_argument("--bucket", type=int, default=500_000_000, help="ceiling of a shard group, in elements")
     parser.add_argument("--length", type=int, default=2048)
-    parser.add_argument("--steps", type=int, default=4, help="the first one is left out of the figures")
+    parser.add_argument("--steps", type=int, default=4, help="2 or more; the first is left out of times and peaks")
     return parser.parse_args()
 
 

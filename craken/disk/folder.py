@@ -63,7 +63,7 @@ def create_file(folder: Path, name: str, num_bytes: int, *, is_direct: bool) -> 
         check_room(folder, num_bytes)  # or the attempt would take all there is from others
         file = open_unnamed(folder, is_direct=is_direct)
         if num_bytes:
-            os.posix_fallocate(file.fd, 0, num_bytes)
+            _set_aside(file, num_bytes)
     except OSError as error:
         hint = "; raise `ulimit -n`" if error.errno == errno.EMFILE else ""
         raise OSError(
@@ -97,6 +97,15 @@ def allow_many_files() -> None:
     wanted = _MANY_FILES if hard == resource.RLIM_INFINITY else min(hard, _MANY_FILES)
     if soft != resource.RLIM_INFINITY and soft < wanted:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def _set_aside(file: OpenFile, num_bytes: int) -> None:
+    try:
+        os.posix_fallocate(file.fd, 0, num_bytes)
+    except OSError as error:
+        if error.errno not in _REFUSALS:
+            raise
+        os.ftruncate(file.fd, num_bytes)  # a file system that cannot set space aside
 
 
 def open_unnamed(folder: Path, *, is_direct: bool) -> OpenFile:

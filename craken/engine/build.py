@@ -9,13 +9,14 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from craken.checkpoint import run_on_all
 from craken.comm import Accelerator, MeshAxis
 from craken.config import BatchSizes, Config, resolve_batch
 from craken.engine.agreement import check_training_agrees
 from craken.engine.data import ResumableLoader
 from craken.engine.model import named_parameters, place_buffers, place_frozen
 from craken.engine.monitor import Monitor
-from craken.engine.offload import placement_of, shelf_for, state_swap_for
+from craken.engine.offload import check_states_can_rest, placement_of, reserve_states, shelf_for, state_swap_for
 from craken.engine.optimizers import cuts_of, get_optimizer, get_scheduler, members
 from craken.engine.request import Request
 from craken.engine.wiring import wires_for
@@ -100,7 +101,8 @@ def build_parts(request: Request, config: Config, axis: MeshAxis, accelerator: A
     loader = _loader(request, config, batch, axis)
     sharded = _sharded_params(trainable, optimizer)
     ids = {id(param) for _, param in sharded}
-    shelf = shelf_for(config, device)
+    check_states_can_rest(config, optimizer)
+    shelf, _ = run_on_all(lambda: (shelf_for(config, device), None), axis, doing="preparing offload")
     wires = wires_for(config.zero_optimization, axis, shelf)
     rules = replace(rules_of(config, batch, precision, axis), placement=placement_of(config, shelf))
     share = HostShare(config.zero_optimization.offload_optimizer.ratio)
@@ -115,11 +117,7 @@ def build_parts(request: Request, config: Config, axis: MeshAxis, accelerator: A
     take_out([param for _, param in rest])
     place_frozen(rest, dtype=precision.compute, device=device, axis=axis)
     place_buffers(request.model, device, axis)
-    binding, swap = None, None
-    if optimizer is not None:
-        binding = Binding(optimizer, layers.groups)
-        unfuse_where_missing(optimizer)  # the fragments may live on another device than the parameters did
-        swap = state_swap_for(config, layers.groups, binding, shelf)
+    binding, swap = _bind(optimizer, layers.groups, config, shelf, axis)
     return Parts(
         config=config,
         axis=axis,
@@ -137,6 +135,20 @@ def build_parts(request: Request, config: Config, axis: MeshAxis, accelerator: A
         loader=loader,
         monitor=Monitor.of(config),
     )
+
+
+def _bind(
+    optimizer: Optimizer | None, groups: list[ShardGroup], config: Config, shelf: Shelf, axis: MeshAxis
+) -> tuple[Binding | None, StateSwap | None]:
+    """Collective where states rest in files: hand the optimizer its fragments."""
+    if optimizer is None:
+        return None, None
+    binding = Binding(optimizer, groups)
+    unfuse_where_missing(optimizer)  # the fragments may live on another device than the parameters did
+    swap = state_swap_for(config, groups, binding, shelf)
+    if swap is not None:
+        reserve_states(swap, optimizer, axis)
+    return binding, swap
 
 
 def precision_of(config: Config, accumulation_steps: int) -> Precision:

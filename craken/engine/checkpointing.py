@@ -82,6 +82,7 @@ def load(
         return reader, None
 
     reader, _ = run_on_all(read, axis, doing=f"loading a checkpoint from {folder}")
+    engine.discard_gradients()
     zero_state.refresh([*engine.groups, *engine.parts.layers.frozen])
     engine.renew_weights()
     state = reader.shared_state

@@ -136,6 +136,7 @@ class DeepSpeedEngine(Engine):
 
         client_state: JSON values, tensors, arrays, tuples, bytes; returned by `load_checkpoint`.
         """
+        self.parking.check_empty("save_checkpoint()")
         checkpointing.save(
             self,
             save_dir,
@@ -159,6 +160,7 @@ class DeepSpeedEngine(Engine):
 
         Returns (path, client_state); (None, None) with a warning when there is no `latest`.
         """
+        self.parking.check_empty("load_checkpoint()")
         what = checkpointing.Wanted(
             is_strict=load_module_strict,
             optimizer=load_optimizer_states and not load_module_only,

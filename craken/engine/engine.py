@@ -40,6 +40,7 @@ from craken.zero import (
     is_in_backward,
     register,
     register_whole,
+    release_states,
     return_freed_memory,
     watch_gradients,
     watch_loading,
@@ -153,6 +154,7 @@ class Engine(nn.Module):
         caller. Returns the loss as it was divided, without the loss scale.
         """
         self._check_loss(loss)
+        self.parking.check_empty("backward()")
         steps = self.accumulation.steps
         divided = loss / steps if scale_wrt_gas and steps > 1 else loss
         Engine._running.append(_Running(self, scale_wrt_gas))
@@ -338,13 +340,17 @@ class Engine(nn.Module):
     def destroy(self) -> None:
         """Take all hooks off the module; it can be given to `initialize` again.
 
-        Weights that are kept as shards stay so: read them inside of `GatheredParameters`.
+        Weights that are kept as shards stay so: read them inside of `GatheredParameters`. Masters, optimizer states and
+        their files go.
         """
         if self._lifecycle is not None:
             self._lifecycle.retire()
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        release_states(self.groups)
+        for group in self.groups:
+            group.retire()
 
     def check_integrity(self) -> None:
         """Assert what must hold between steps; for tests."""

@@ -6,14 +6,19 @@ import os
 from pathlib import Path
 
 import torch
+from torch.optim import Optimizer
 
+from craken.checkpoint import run_on_all
+from craken.comm import MeshAxis
 from craken.config import Config
 from craken.config.sections.zero import OffloadOptimizer, OffloadParam
 from craken.disk import IoSettings
-from craken.optim import can_step_in_chunks
+from craken.log import warn_once
+from craken.optim import can_step_in_chunks, state_dtypes
 from craken.zero import (
     Binding,
     DiskSettings,
+    Keep,
     Kind,
     Link,
     Place,
@@ -22,6 +27,7 @@ from craken.zero import (
     Shelf,
     StateSwap,
     SwapSettings,
+    policy_for_stage,
 )
 
 
@@ -34,7 +40,7 @@ def shelf_for(config: Config, device: torch.device) -> Shelf:
     named = {_IO_FIELDS[key]: getattr(config.aio, key) for key in config.aio.model_fields_set if key in _IO_FIELDS}
     io = IoSettings(**named)
     for kind, section in sections:
-        if section.device == "nvme":
+        if section.device == "nvme" and (kind == "weights" or _states_place(config) is Place.DISK):
             folder = Path(os.path.expanduser(str(section.nvme_path)))
             disks[kind] = DiskSettings(folder, io, section.buffer_count, section.pin_memory)
     return Shelf(Link(device), disks)
@@ -43,20 +49,47 @@ def shelf_for(config: Config, device: torch.device) -> Shelf:
 def placement_of(config: Config, shelf: Shelf) -> Placement:
     """Return where groups rest under this config."""
     params, states = config.zero_optimization.offload_param, config.zero_optimization.offload_optimizer
-    named = Placement(_PLACES[params.device], _PLACES[states.device], params.pin_memory, states.pin_memory)
+    named = Placement(_PLACES[params.device], _states_place(config), params.pin_memory, states.pin_memory)
     return named.resolve(host_is_device=shelf.link.host_is_device)
+
+
+def _states_place(config: Config) -> Place:
+    zero = config.zero_optimization
+    if policy_for_stage(zero.stage).optimizer is Keep.SHARD:
+        return _PLACES[zero.offload_optimizer.device]
+    if zero.offload_optimizer.device != "none":
+        warn_once(
+            "zero_optimization.offload_optimizer has no effect at stage 0, where every rank steps the whole optimizer; "
+            "choose stage 1, 2 or 3"
+        )
+    return Place.DEVICE
+
+
+def check_states_can_rest(config: Config, optimizer: Optimizer | None) -> None:
+    """Raise ValueError for an optimizer whose states cannot rest in files."""
+    if _states_place(config) is Place.DISK and optimizer is not None and not can_step_in_chunks(optimizer):
+        raise ValueError(
+            f"zero_optimization.offload_optimizer.device is 'nvme', but this {type(optimizer).__name__} must update "
+            "all parameters in one call (as do LAMB, Muon, optimizers with hooks on step() and unknown classes), with "
+            "all states in memory; use 'cpu', or Adam, AdamW, SGD, Adagrad or Lion without hooks"
+        )
+
+
+def reserve_states(swap: StateSwap, optimizer: Optimizer, axis: MeshAxis) -> None:
+    """Collective over `axis`: set space aside for the states that the optimizer will have; all ranks raise, or none."""
+
+    def reserve() -> tuple[None, None]:
+        swap.reserve(state_dtypes(optimizer))
+        return None, None
+
+    run_on_all(reserve, axis, doing="setting space aside for optimizer states")
 
 
 def state_swap_for(config: Config, groups: list[ShardGroup], binding: Binding, shelf: Shelf) -> StateSwap | None:
     """Return what brings states to hand that rest in files; reads and writes run beside updates unless told not to."""
     section = config.zero_optimization.offload_optimizer
-    if section.device != "nvme":
+    if _states_place(config) is not Place.DISK:
         return None
-    if not can_step_in_chunks(binding.optimizer):
-        raise ValueError(
-            f"zero_optimization.offload_optimizer.device is 'nvme', but {type(binding.optimizer).__name__} updates all "
-            "parameters in one call, which needs all states in memory; use 'cpu', or Adam, AdamW, SGD, Adagrad or Lion"
-        )
     named = section.model_fields_set
     settings = SwapSettings(
         reads_ahead=section.pipeline_read or "pipeline_read" not in named,

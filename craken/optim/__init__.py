@@ -15,6 +15,7 @@ from craken.optim.lamb import Lamb
 from craken.optim.layouts import Layout, can_step_in_chunks, param_layouts
 from craken.optim.lion import Lion
 from craken.optim.muon import Muon
+from craken.optim.probe import state_dtypes
 from craken.optim.schedules import VALID_LR_SCHEDULES, build_scheduler
 from craken.optim.warmup import WarmupCosineLR, WarmupDecayLR, WarmupLR
 
@@ -40,6 +41,7 @@ __all__ = [
     "can_step_in_chunks",
     "fuse_where_open",
     "param_layouts",
+    "state_dtypes",
     "takes_grad_scale",
     "unfuse_where_missing",
 ]

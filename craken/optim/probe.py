@@ -56,6 +56,22 @@ def survives_cutting(optimizer: Optimizer) -> bool:
     return bool(torch.allclose(whole, cut, rtol=_TOLERANCE, atol=_TOLERANCE))
 
 
+def state_dtypes(optimizer: Optimizer) -> dict[str, torch.dtype]:
+    """Return the dtype of each state that has the shape of its parameter, by key; nothing if that can't be tried."""
+
+    def states() -> dict[str, torch.dtype]:
+        param = Parameter(torch.zeros(_COLS))
+        param.grad = torch.ones(_COLS)
+        instance = _instance_like(optimizer, [param])
+        instance.step()
+        found = instance.state.get(param, {}).items()
+        return {key: value.dtype for key, value in found if isinstance(value, Tensor) and value.shape == param.shape}
+
+    with torch.enable_grad(), _untouched_random_state(torch.device("cpu")):
+        found = _attempt(states)
+    return {} if isinstance(found, Exception) else found
+
+
 def _needs_closure(optimizer: Optimizer) -> bool:
     parameters = inspect.signature(optimizer.step).parameters.values()
     return any(p.name == "closure" and p.default is inspect.Parameter.empty for p in parameters)

@@ -15,6 +15,7 @@ from craken.zero.construct import Init, paused
 from craken.zero.facade import ShardedOptimizer
 from craken.zero.full_access import (
     hold_states,
+    release_states,
     safe_get_full_fp32_param,
     safe_get_full_grad,
     safe_get_full_optimizer_state,
@@ -114,6 +115,7 @@ __all__ = [
     "register",
     "register_external_parameter",
     "register_whole",
+    "release_states",
     "return_freed_memory",
     "returning_freed_memory",
     "safe_get_full_fp32_param",

@@ -31,3 +31,9 @@ def zero_gaps(flat: Tensor, layout: GroupLayout) -> None:
     """Set what belongs to no parameter to zero: it is summed and takes part in norms."""
     for gap in layout.gaps:
         flat[gap.offset : gap.offset + gap.numel].zero_()
+
+
+def check_has_memory(flat: Tensor) -> None:
+    """RuntimeError if the memory of a flat buffer has been given up for a while."""
+    if flat.untyped_storage().nbytes() == 0 and flat.numel():
+        raise RuntimeError("weights or states are offloaded by offload_states(): call reload_states() first")

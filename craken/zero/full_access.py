@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from craken.comm import all_reduce_sum, gather_objects
 from craken.zero.binding import Binding
+from craken.zero.flat import check_has_memory
 from craken.zero.group import MasterFragment, ShardGroup
 from craken.zero.layout import Fragment
 from craken.zero.policy import Keep
@@ -53,6 +54,15 @@ def hold_states(
         for slot, param in enumerate(group.params):
             held = _Held(group, slot, mine.get(slot), binding.optimizer, WeakMethod(grad_divisor))
             setattr(param, _HELD, held)
+
+
+def release_states(groups: Sequence[ShardGroup]) -> None:
+    """Forget what an engine held; parameters that another engine has taken over since stay known."""
+    for group in groups:
+        for param in group.params:
+            held = param.__dict__.get(_HELD)
+            if held is not None and held.group is group:
+                del param.__dict__[_HELD]
 
 
 # --- whole ------------------------------------------------------------------------------------------------------------
@@ -170,14 +180,20 @@ def _piece(held: _Held) -> Fragment | None:
 
 
 def _master(held: _Held) -> Tensor | None:
-    return None if held.fragment is None else held.fragment.tensor.detach()
+    if held.fragment is None:
+        return None
+    check_has_memory(held.fragment.tensor)
+    return held.fragment.tensor.detach()
 
 
 def _state(held: _Held, key: str) -> Tensor | None:
     if held.fragment is None:
         return None
     state = held.optimizer.state.get(held.fragment.tensor, {}).get(key)
-    return state if isinstance(state, Tensor) else None
+    if not isinstance(state, Tensor):
+        return None
+    check_has_memory(state)
+    return state
 
 
 def _grad(held: _Held) -> Tensor | None:

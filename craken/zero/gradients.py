@@ -60,7 +60,7 @@ class GroupGradients:
         self._sends_each_sum = self.leaves_device and wire.replication is None
         self._total: Tensor | None = None
         self._has_total = False
-        self._room = self._room_for_sum()
+        self._room = _room_for_sum(self)
 
     def begin_accumulating(self) -> None:
         """Hold gradients over several micro-batches from now on, in fp32 unless the config names a dtype.
@@ -70,7 +70,7 @@ class GroupGradients:
         if self.rules.accumulates:
             return
         self.rules = self.rules.accumulating()
-        self._room = self._room_for_sum()
+        self._room = _room_for_sum(self)
         if self._pending is not None:
             self._pending, self._places = self._pending.to(self._pending_dtype), []
         if self._retained is not None:
@@ -253,20 +253,6 @@ class GroupGradients:
                 self._host.bring(self._reduced_shard)
         return self._reduced_shard
 
-    def _room_for_sum(self) -> Room | None:
-        """Return the host memory that this group's sums are kept in, empty for now; None where they lie elsewhere.
-
-        It is outside of the heap and there before the first backward. A sum stays until the step: amid buffers that
-        come and go it would cut up what they leave, and the heap then grows by a group's buffer for every other group.
-        With weights that stay, sums take the place of activations that are freed before them.
-        """
-        is_on_host = self.wire.device.type == "cpu" and not self.leaves_device and self.wire.replication is None
-        if not is_on_host or not self.rules.trains or not self.rules.policy.frees_params:
-            return None
-        room = room_for(self.layout.shard_numel, self.accumulate_dtype, self.wire.device)
-        room.give_back()
-        return room
-
     def _memory_for_sum(self) -> Tensor:
         """Return undefined values [shard_numel] in the accumulate dtype."""
         if self._room is None:
@@ -278,7 +264,7 @@ class GroupGradients:
     def reduced(self) -> Tensor:
         """The summed gradient in the accumulate dtype: [shard_numel], or [padded_numel] with the optimizer FULL."""
         assert self.has_reduced, f"{self.label} has no reduced gradient"
-        if self.leaves_device:
+        if self._is_on_host:
             return self._host.values
         if self._retained is not None:
             return self._counted_part(self._retained)
@@ -286,17 +272,21 @@ class GroupGradients:
         assert shard is not None
         return shard
 
+    @property
+    def _is_on_host(self) -> bool:
+        return self.leaves_device and (self._sends_each_sum or self._has_total)
+
     def own_reduced(self) -> Tensor:
         """Return the part [shard_numel] of the summed gradient that counts as this rank's, for norms."""
         return self._own_part(self.reduced) if self.rules.policy.gathers_grads else self.reduced
 
     def norms(self) -> Sequence[Tensor]:
         """Return the L2 norms of the pieces of `own_reduced`, on the device."""
-        return self._host.norms() if self.leaves_device else piece_norms(self.own_reduced())
+        return self._host.norms() if self._is_on_host else piece_norms(self.own_reduced())
 
     def sum_changed(self) -> None:
         """Take note that somebody has written to `reduced`."""
-        if self.leaves_device:
+        if self._is_on_host:
             self._host.changed()
 
     @property
@@ -337,3 +327,19 @@ def _is_sole_owner(tensor: Tensor) -> bool:
 
 def _storage_uses(tensor: Tensor) -> int:
     return int(torch._C._storage_Use_Count(tensor.untyped_storage()._cdata))
+
+
+def _room_for_sum(gradients: GroupGradients) -> Room | None:
+    """Return the host memory that a group's sums are kept in, empty for now; None where they lie elsewhere.
+
+    It is outside of the heap and there before the first backward. A sum stays until the step: amid buffers that come
+    and go it would cut up what they leave, and the heap then grows by a group's buffer for every other group. With
+    weights that stay, sums take the place of activations that are freed before them.
+    """
+    rules, wire = gradients.rules, gradients.wire
+    is_on_host = wire.device.type == "cpu" and not gradients.leaves_device and wire.replication is None
+    if not is_on_host or not rules.trains or not rules.policy.frees_params:
+        return None
+    room = room_for(gradients.layout.shard_numel, gradients.accumulate_dtype, wire.device)
+    room.give_back()
+    return room

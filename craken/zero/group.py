@@ -204,6 +204,7 @@ class ShardGroup:
         Every rank calls it with the same value.
         """
         if self.weights is not None:
+            self.weights.finish()  # or a gather under way would bring the old value
             self.weights.shards_changed()
         if self.weights is None or self.weights.is_whole:
             self.view_of(slot).copy_(value)
@@ -213,6 +214,11 @@ class ShardGroup:
                 self.kept.narrow(0, piece.shard_offset, piece.numel).copy_(values)
                 if not self.master_is_kept:
                     self.master.narrow(0, piece.shard_offset, piece.numel).copy_(values)
+
+    def retire(self) -> None:
+        """Keep the weights alone: masters and gradients go with the engine that trained them."""
+        self.gradients.drop()
+        self.master, self.master_file, self.master_is_kept, self.fragments = self.kept, None, True, []
 
     def check_integrity(self) -> None:
         """Assert that parameters are views of the full buffer and that nothing is under way."""

@@ -24,6 +24,7 @@ class HostSum:
     def __init__(self, link: Link, numel: int, *, pins: bool) -> None:
         self._link, self._numel, self._pins = link, numel, pins
         self._memory: Tensor | None = None
+        self._wide: Tensor | None = None
         self._arrival = Arrival()
         self._norms: Sequence[Tensor] = ()
 
@@ -70,14 +71,18 @@ class HostSum:
 
     def lend(self, dtype: torch.dtype, sum_dtype: torch.dtype) -> Tensor:
         """Return memory [numel] in `dtype` that the device can read, until the next sum, in `sum_dtype`, is sent."""
+        if dtype.itemsize > sum_dtype.itemsize:  # sums are narrower than weights only if a config says so
+            if self._wide is None:
+                self._wide = self._link.empty(self._numel, dtype, pins=self._pins)
+            return self._wide
         return self._memory_for(sum_dtype).view(torch.uint8)[: self._numel * dtype.itemsize].view(dtype)
 
     @property
     def memory(self) -> list[Tensor]:
         """What is held now."""
-        return [] if self._memory is None else [self._memory]
+        return [memory for memory in (self._memory, self._wide) if memory is not None]
 
     def _memory_for(self, dtype: torch.dtype) -> Tensor:
-        if self._memory is None:
+        if self._memory is None or self._memory.dtype != dtype:
             self._memory = self._link.empty(self._numel, dtype, pins=self._pins)
         return self._memory

@@ -89,10 +89,17 @@ class ShardedStep:
         applies = is_finite or not skip_nonfinite
         if applies:
             clip = min(1.0, max_norm / (norm + 1e-6)) if max_norm > 0 else 1.0
-            self._update(votes.touched, divisor / clip)
+            try:
+                self._update(votes.touched, divisor / clip)
+            except BaseException:  # some groups are updated, and their gradients' memory is lent: no second try
+                self._drop_gradients()
+                raise
+        self._drop_gradients()
+        return StepResult(norm, is_finite, applies)
+
+    def _drop_gradients(self) -> None:
         for group in self.groups:
             group.gradients.drop()
-        return StepResult(norm, is_finite, applies)
 
     # --- agreement ----------------------------------------------------------------------------------------------------
 
@@ -140,13 +147,13 @@ class ShardedStep:
             if self._swap is not None:
                 self._swap.wait()
 
-    def _step_groups(self, indices: Iterable[int], touched: Sequence[Sequence[bool]], scale: float) -> None:
+    def _step_groups(self, indices: Sequence[int], touched: Sequence[Sequence[bool]], scale: float) -> None:
         active: list[nn.Parameter] = []
         for index in indices:
             group = self.groups[index]
             if not group.gradients.has_reduced:
                 continue
-            grads = self._in_master_dtype(group)
+            grads = self._in_master_dtype(group, is_alone=len(indices) == 1)
             if not self._stepping.takes_grad_scale and scale != 1.0:
                 grads.div_(scale)
             active += self._hand_out(index, grads, touched[index])
@@ -163,10 +170,10 @@ class ShardedStep:
                 tensor.grad = grad if tensor.dim() == 1 else grad.view(tensor.shape)
                 yield tensor
 
-    def _in_master_dtype(self, group: ShardGroup) -> Tensor:
+    def _in_master_dtype(self, group: ShardGroup, *, is_alone: bool) -> Tensor:
         """Return the reduced gradient [as the master] in the master's dtype, until the next chunk's."""
         reduced, dtype = group.gradients.reduced, group.master.dtype
-        if reduced.dtype == dtype or not group.gradients.leaves_device:
+        if reduced.dtype == dtype or not (is_alone and group.gradients.leaves_device):
             return reduced.to(dtype)
         # on the host fresh memory costs more to fault in than to fill
         if self._scratch is None or self._scratch.numel() < reduced.numel():

@@ -71,8 +71,9 @@ class Residence:
 
     def begin_pass(self, kind: Hashable) -> None:
         """A forward begins that is inside of no other: what was gathered ahead in vain goes, and a new order begins."""
-        for index in range(len(self._stays)):
+        for index, stay in enumerate(self._stays):
             self._leave(index)
+            stay.weights.forget_fetched()
         self._order.begin(kind)
 
     def hold(self, groups: Iterable[ShardGroup], who: Hashable) -> None:

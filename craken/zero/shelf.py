@@ -45,7 +45,9 @@ class Shelf:
         self._couriers: dict[Kind, Courier] = {}
         by_folder: dict[Path, Swap] = {}
         for kind, disk in (disks or {}).items():
-            self._swaps[kind] = by_folder.setdefault(disk.folder, Swap(disk.folder, disk.io))
+            if disk.folder not in by_folder:
+                by_folder[disk.folder] = Swap(disk.folder, disk.io)
+            self._swaps[kind] = by_folder[disk.folder]
             self._couriers[kind] = Courier(disk.num_buffers, pins=disk.pins)
 
     def empty(
@@ -62,6 +64,11 @@ class Shelf:
         if place is Place.HOST:
             return Resting(self.link.empty(numel, dtype, pins=pins))
         return Resting(room_for(numel, dtype, self.link.device).flat)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that files have set aside on disks."""
+        return sum(swap.num_bytes for swap in {id(swap): swap for swap in self._swaps.values()}.values())
 
     def courier(self, kind: Kind) -> Courier:
         """Return what carries this kind between files and memory."""

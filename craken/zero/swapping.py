@@ -65,18 +65,20 @@ class StateSwap:
         self._start_reading(index)
         self._read_ahead(index)
         buffer, tickets = self._coming.pop(index)
-        for ticket in tickets:
-            ticket.wait()
         flats = swapped.flats_in(buffer)
-        swapped.show(flats)
         try:
+            for ticket in tickets:
+                ticket.wait()
+            swapped.bring(flats)
             with returning_freed_memory():  # states made here are freed when they have moved to files
                 yield
+            written = swapped.write(flats)
         except BaseException:
             swapped.show(swapped.at_rest)
             self._courier.give_back(buffer)
+            self._forget_coming()
             raise
-        self._courier.give_back_after(buffer, swapped.write(flats))
+        self._courier.give_back_after(buffer, written)
         if not self._settings.writes_behind:
             self._courier.wait()
 
@@ -90,6 +92,19 @@ class StateSwap:
     def wait(self) -> None:
         """Return when all is back in the files."""
         self._courier.wait()
+
+    def reserve(self, keys: Mapping[str, torch.dtype]) -> None:
+        """Make the files of states that the optimizer will have; OSError if there is no room for them."""
+        for swapped in self._swapped.values():
+            swapped.reserve(keys)
+
+    def _forget_coming(self) -> None:
+        for buffer, tickets in self._coming.values():
+            for ticket in tickets:
+                with contextlib.suppress(OSError):
+                    ticket.wait()
+            self._courier.give_back(buffer)
+        self._coming = {}
 
     def _read_ahead(self, index: int) -> None:
         if not self._settings.reads_ahead:
@@ -143,6 +158,19 @@ class _Swapped:
                     self._resting[key] = self._new_file(key, fragment.tensor.dtype)
                 return _part(self._resting[key].flat, fragment, offset)
         return None
+
+    def reserve(self, keys: Mapping[str, torch.dtype]) -> None:
+        for key, dtype in keys.items():
+            if key not in self._resting:
+                self._resting[key] = self._new_file(key, dtype)
+
+    def bring(self, flats: Mapping[str, Tensor]) -> None:
+        """Make everything a view of `flats`, which hold what was in the files; states replaced since go there too."""
+        for fragment, offset in zip(self._fragments, self._offsets, strict=True):
+            for key, state in tensor_states(self._binding, fragment):
+                if key in flats and state.data_ptr() != _part(self._resting[key].flat, fragment, offset).data_ptr():
+                    _part(flats[key], fragment, offset).copy_(state)
+        self.show(flats)
 
     def write(self, flats: Mapping[str, Tensor]) -> list[Ticket]:
         """Start to write what an update left in `flats`; the tensors are views of the files again."""

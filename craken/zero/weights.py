@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from craken.comm import MeshAxis, Pending, Waitable
 from craken.disk import Ticket
-from craken.zero.flat import own_part
+from craken.zero.flat import check_has_memory, own_part
 from craken.zero.layout import GroupLayout
 from craken.zero.link import Arrival
 from craken.zero.room import Room, room_for
@@ -80,7 +80,7 @@ class ShardedWeights:
     def shards_changed(self) -> None:
         """Take note that the shards have new values, on every rank: second copies and what was read are out of date."""
         self._nearby_is_valid = False
-        self._forget_fetched()
+        self.forget_fetched()
 
     def start(self, sources: Sources, label: str, *, exact: bool = False) -> None:
         """Collective: begin to gather the whole (`exact`: as the shards hold it), unless that is under way already."""
@@ -105,6 +105,7 @@ class ShardedWeights:
             self._work = transport.all_gather(self.full, label=label)
 
     def _bring_own(self) -> None:
+        check_has_memory(self.shard)
         if self._file is None:
             self._own.copy_(self.shard, non_blocking=True)
             self._arrival = self._link.mark()
@@ -127,7 +128,8 @@ class ShardedWeights:
     def is_in_file(self) -> bool:
         return self._file is not None
 
-    def _forget_fetched(self) -> None:
+    def forget_fetched(self) -> None:
+        """Drop what was read ahead of use."""
         if self._coming is not None:
             (buffer, ticket), self._coming = self._coming, None
             ticket.wait()

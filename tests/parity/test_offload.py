@@ -23,6 +23,7 @@ from tests.parity.plain import weights_of
 
 STEPS = 4
 HOST, DISK = "cpu", "nvme"
+HOST_STATES = {"offload_optimizer": {"device": HOST}}
 
 
 def offload_sections(states: str, weights: str, folder: str) -> dict[str, Any]:
@@ -203,3 +204,152 @@ def test_ratio_keeps_a_part_of_the_states_on_the_device(run_ranks, ratio) -> Non
         assert sum(places) == ratio * len(places)
         assert ledger["host"] == ratio * (12 + 2) * shard  # states, and gradients on their way
         assert ledger["device"] == 2 * shard + (1 - ratio) * 12 * shard
+
+
+def start(stage: int, sections: dict[str, Any], optimizer: Any = None, dtype: str = "bf16") -> tuple[Any, Any]:
+    """Return an engine with host and device kept apart, and its model."""
+    import craken
+    from craken.engine import offload
+    from craken.zero import Link
+
+    case = Case(dtype, 2)
+    config = case.config(stage)
+    config["zero_optimization"] |= sections
+    if optimizer is not None:
+        config["optimizer"] = optimizer
+    model = tiny_gpt(case.traits)
+    with mock.patch.object(offload, "Link", functools.partial(Link, host_is_device=False)):
+        engine, *_ = craken.initialize(model=model, config=config)
+    return engine, model
+
+
+def step(engine: Any, number: int) -> None:
+    engine.backward(engine(batch(number, 0, dist.get_rank())))
+    engine.step()
+
+
+def masters(engine: Any) -> list[torch.Tensor]:
+    return [fragment.tensor.detach().clone() for group in engine.groups for fragment in group.fragments]
+
+
+def all_at_once(stage: int, optimizer: dict[str, Any]) -> None:
+    found = []
+    for sections in ({}, HOST_STATES):
+        engine, _ = start(stage, sections, optimizer)
+        for number in range(3):
+            step(engine, number)
+        found.append(masters(engine))
+        engine.destroy()
+    for plain, offloaded in zip(*found, strict=True):
+        assert torch.equal(plain, offloaded)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("kind", ["Lamb", "Muon"])
+def test_optimizers_that_update_all_at_once_see_their_own_gradients(run_ranks, stage, kind) -> None:
+    run_ranks(all_at_once, 2, stage, {"type": kind, "params": {"lr": 1e-2}})
+
+
+def load_in_mid_step(folder: str, states: str) -> float:
+    engine, _ = start(2, offload_sections(states, "none", folder))
+    step(engine, 0)
+    engine.save_checkpoint(folder + "/saved")
+    engine.backward(engine(batch(1, 0, dist.get_rank())))
+    engine.load_checkpoint(folder + "/saved", load_module_only=True)
+    step(engine, 2)
+    norm = engine.get_global_grad_norm()
+    engine.destroy()
+    return float(norm)
+
+
+def test_weights_that_are_loaded_in_mid_step_are_not_taken_for_gradients(run_ranks, tmp_path: Path) -> None:
+    norms = [run_ranks(load_in_mid_step, 2, str(tmp_path / states), states) for states in ("none", HOST, DISK)]
+    assert norms[1] == norms[2] == norms[0]
+
+
+def accumulate_late(sections: dict[str, Any]) -> list[torch.Tensor]:
+    engine, _ = start(2, sections)
+    step(engine, 0)
+    for is_boundary in (False, True):
+        engine.set_gradient_accumulation_boundary(is_boundary)
+        engine.backward(engine(batch(1, int(is_boundary), dist.get_rank())))
+    engine.step()
+    found = masters(engine)
+    engine.destroy()
+    return found
+
+
+def test_sums_on_the_host_are_in_fp32_once_accumulation_is_found_out(run_ranks) -> None:
+    plain = run_ranks(accumulate_late, 2, {})
+    offloaded = run_ranks(accumulate_late, 2, HOST_STATES)
+    for mine, other in zip(plain, offloaded, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(mine, other, strict=True))
+
+
+def replace_and_fail(folder: str) -> None:
+    """States that a user replaces count, and what was read ahead of a step that failed does not."""
+    from craken.zero import safe_get_full_fp32_param, safe_set_full_fp32_param
+
+    engine, model = start(3, offload_sections(DISK, "none", folder))
+    step(engine, 0)
+    inner = engine.optimizer.optimizer
+    failing = mock.patch.object(type(inner), "step", side_effect=OSError("a disk fails"))
+    with failing, pytest.raises(OSError, match="a disk fails"):
+        step(engine, 1)
+    engine.discard_gradients()
+    weight = model.blocks[0].up.weight
+    safe_set_full_fp32_param(weight, torch.full(weight.ds_shape, 5.0))
+    step(engine, 2)
+    assert (safe_get_full_fp32_param(weight) > 4).all()
+    saved = inner.state_dict()
+    for state in saved["state"].values():
+        state["exp_avg"] = torch.ones_like(state["exp_avg"])
+    inner.load_state_dict(saved)
+    step(engine, 3)
+    averages = [state["exp_avg"] for state in inner.state.values() if state["exp_avg"].numel()]
+    assert all((average > 0.5).all() for average in averages), "the loaded moments were lost"
+    engine.destroy()
+
+
+def test_what_lies_in_files_follows_what_users_set(run_ranks, tmp_path: Path) -> None:
+    run_ranks(replace_and_fail, 2, str(tmp_path))
+
+
+def let_go(folder: str) -> None:
+    import gc
+    import weakref
+
+    engine, model = start(3, offload_sections(DISK, DISK, folder))
+    step(engine, 0)
+    shelf, in_use = engine.parts.shelf, engine.parts.shelf.num_bytes
+    states = weakref.ref(next(iter(engine.optimizer.optimizer.state.values()))["exp_avg"])
+    engine.destroy()
+    del engine
+    gc.collect()
+    assert states() is None, "moments outlive their engine"
+    assert 0 < shelf.num_bytes < in_use / 2, "only the weights are still needed"
+    assert all(param.shape == (0,) for param in model.parameters() if param.requires_grad)
+
+
+def test_states_go_with_their_engine(run_ranks, tmp_path: Path) -> None:
+    run_ranks(let_go, 2, str(tmp_path))
+
+
+def full_disk_on_one_rank(folder: str) -> str:
+    from craken.disk import Swap
+
+    real = Swap.file
+
+    def refuse(swap: Any, name: str, num_bytes: int) -> Any:
+        if dist.get_rank() == 1 and "exp_avg" in name:
+            raise OSError(28, "cannot set space aside")
+        return real(swap, name, num_bytes)
+
+    with mock.patch.object(Swap, "file", refuse), pytest.raises(OSError, match="rank 1") as caught:
+        start(3, offload_sections(DISK, "none", folder))
+    return str(caught.value)
+
+
+def test_a_disk_without_room_for_moments_stops_all_ranks_before_the_first_step(run_ranks, tmp_path: Path) -> None:
+    for message in run_ranks(full_disk_on_one_rank, 2, str(tmp_path)):
+        assert "setting space aside for optimizer states failed on 1 of 2 ranks: rank 1" in message
