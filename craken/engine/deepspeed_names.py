@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import os
+from collections import OrderedDict
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from craken.comm import barrier
 from craken.disk import Traffic
 from craken.engine import checkpointing
+from craken.engine.consolidate import consolidated_state_dict, save_weights
 from craken.engine.engine import Engine
 from craken.log import warn_once
-from craken.zero import Keep, ShardedOptimizer, bytes_by_place
+from craken.zero import Keep, ShardedOptimizer, bytes_by_place, policy_for_stage
 from craken.zero.parking import KINDS, states_of_kinds
 
 
@@ -168,6 +172,44 @@ class DeepSpeedEngine(Engine):
             progress=not load_module_only,
         )
         return checkpointing.load(self, load_dir, tag, what)
+
+    @property
+    def _frees_weights(self) -> bool:
+        return policy_for_stage(self.zero_optimization_stage()).frees_params
+
+    def _zero3_consolidated_16bit_state_dict(
+        self, exclude_frozen_parameters: bool = False
+    ) -> OrderedDict[str, Tensor] | None:
+        """Collective: return whole weights on rank 0's host, None elsewhere; ValueError below stage 3."""
+        if not self._frees_weights:
+            raise ValueError("weights are whole on every rank below stage 3: use module.state_dict()")
+        return consolidated_state_dict(self, exclude_frozen=exclude_frozen_parameters)
+
+    def save_16bit_model(
+        self,
+        save_dir: str | os.PathLike[str],
+        save_filename: str = "pytorch_model.bin",
+        exclude_frozen_parameters: bool = False,
+    ) -> bool:
+        """Collective: write whole weights in the compute dtype to `save_dir`/`save_filename`, by rank 0.
+
+        A name that ends in .safetensors makes a safetensors file. False with a warning at stage 3 unless the config
+        sets `stage3_gather_16bit_weights_on_model_save`.
+        """
+        self.parking.check_empty("save_16bit_model()")
+        if self._frees_weights and not self.zero_gather_16bit_weights_on_model_save():
+            warn_once(
+                "save_16bit_model() saved nothing: set zero_optimization.stage3_gather_16bit_weights_on_model_save to "
+                "true, as it gathers the weights on rank 0's host"
+            )
+            return False
+        state = consolidated_state_dict(self, exclude_frozen=exclude_frozen_parameters)
+        if state is not None:
+            save_weights(state, Path(save_dir) / save_filename)
+        barrier(self.parts.axis)
+        return True
+
+    save_fp16_model = save_16bit_model
 
     # --- where memory goes --------------------------------------------------------------------------------------------
 
