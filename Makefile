@@ -36,7 +36,7 @@ craken_ds2_auto: $(STAMP) ## ZeRO-2, all settings chosen for you (recommended; f
 craken_ds3_auto: $(STAMP) ## ZeRO-3, all settings chosen for you
 	$(CRAKEN) train --zero 3 $(FLAGS)
 
-craken_ds1: $(STAMP) ## ZeRO-1 from configs/ds_zero1_config.json (accelerate_zero1.yaml takes over with the client issue)
+craken_ds1: $(STAMP) ## ZeRO-1 from configs/ds_zero1_config.json (for accelerate: configs/accelerate_zero1.yaml)
 	$(CRAKEN) train --config configs/ds_zero1_config.json $(FLAGS)
 
 craken_ds2: $(STAMP) ## ZeRO-2 from configs/ds_zero2_config.json, optimizer state on the host

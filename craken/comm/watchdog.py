@@ -92,13 +92,15 @@ def explain(waits: Sequence[Waiting]) -> str:
     """Word a deadlock: which ranks wait for what, and what to do."""
     waiters: dict[str, list[str]] = {}
     for wait in waits:
-        waiters.setdefault(wait.what, []).append(str(wait.rank))
-    each = [f"rank{'s' * (len(ranks) > 1)} {', '.join(ranks)} for the {what}" for what, ranks in waiters.items()]
+        waiters.setdefault(wait.what if wait.what.startswith(("the ", "a ")) else f"the {wait.what}", []).append(
+            str(wait.rank)
+        )
+    each = [f"rank{'s' * (len(ranks) > 1)} {', '.join(ranks)} for {what}" for what, ranks in waiters.items()]
     return (
-        f"the ranks wait for each other: {'; '.join(each)}. Expected the same modules in the same order on every rank, "
-        "whatever its data. Where a module chooses among its children by the data (experts, branches), have its "
-        "weights gathered as one: set_z3_leaf_modules(model, [its class]) before initialize, or "
-        "zero_optimization.leaf_module in the config"
+        f"the ranks wait for each other: {'; '.join(each)}. Expected the same calls on every rank (save_checkpoint and "
+        "GatheredParameters too), and the same modules in the same order, whatever its data. Where a module chooses "
+        "among its children by the data (experts, branches), have its weights gathered as one: "
+        "set_z3_leaf_modules(model, [its class]) before initialize, or zero_optimization.leaf_module in the config"
     )
 
 

@@ -15,9 +15,11 @@ from rich.table import Table
 from rich.text import Text
 
 from craken.disk.measure import PLAIN_CALL_BYTES, Measured, Speed, Verb, cheapest_good_one, measure, settings_to_try
+from craken.disk.settings import ALIGNMENT_BYTES
 from craken.log import logger
 
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+_LEAST_SIZE = 64 << 10
 _LOGGED_WIDTH = 120  # of the table when the output is no terminal
 
 
@@ -25,10 +27,9 @@ def main(words: Sequence[str]) -> int:
     """Run `craken io`; return the exit code, 2 when the folder cannot be used."""
     asked = _parser().parse_args(words)
     verbs: list[Verb] = [verb for verb in ("write", "read") if getattr(asked, verb)] or ["write", "read"]
-    if not asked.folder.is_dir():
-        logger.error(
-            f"--folder: expected an existing folder, got {asked.folder}; make it first: mkdir -p {asked.folder}"
-        )
+    problem = _problem(asked)
+    if problem:
+        logger.error(problem)
         return 2
     console = Console(width=None if os.isatty(1) else _LOGGED_WIDTH, highlight=False)
 
@@ -45,6 +46,18 @@ def main(words: Sequence[str]) -> int:
     console.print(_table(measured, best, verbs, asked.folder))
     console.print(f"\nfor the config file: {_section(best)}", soft_wrap=True)
     return 0
+
+
+def _problem(asked: argparse.Namespace) -> str:
+    """Return what is wrong with the arguments, or nothing."""
+    if not asked.folder.is_dir():
+        instead = "name its folder" if asked.folder.exists() else f"make it first: mkdir -p {asked.folder}"
+        return f"--folder: expected an existing folder, got {asked.folder}; {instead}"
+    if asked.size < _LEAST_SIZE:
+        return f"--size: expected at least {_LEAST_SIZE >> 10}KiB, got {asked.size} bytes"
+    if asked.block is not None and (asked.block % ALIGNMENT_BYTES or asked.block > asked.size):
+        return f"--block: expected a multiple of {ALIGNMENT_BYTES} bytes up to --size, got {asked.block}"
+    return ""
 
 
 def parse_bytes(text: str) -> int:
@@ -103,7 +116,8 @@ def _table(measured: Measured, best: Speed, verbs: Sequence[Verb], folder: Path)
 def _row(speed: Speed, is_best: bool) -> list[str]:
     settings = speed.settings
     assert settings is not None
-    block = f"{settings.block_bytes / (1 << 20):g} MiB"
+    mib, kib = divmod(settings.block_bytes, 1 << 20)[0], settings.block_bytes >> 10
+    block = f"{mib} MiB" if mib else f"{kib} KiB"
     return ["craken <-" if is_best else "craken", block, str(settings.queue_depth), str(settings.num_threads)]
 
 

@@ -37,8 +37,7 @@ def shelf_for(config: Config, device: torch.device) -> Shelf:
     disks: dict[Kind, DiskSettings] = {}
     sections: list[tuple[Kind, OffloadParam | OffloadOptimizer]]
     sections = [("weights", zero.offload_param), ("states", zero.offload_optimizer)]
-    named = {_IO_FIELDS[key]: getattr(config.aio, key) for key in config.aio.model_fields_set if key in _IO_FIELDS}
-    io = IoSettings(**named)
+    io = IoSettings(config.aio.block_size, config.aio.queue_depth, config.aio.intra_op_parallelism)
     for kind, section in sections:
         if section.device == "nvme" and (kind == "weights" or _states_place(config) is Place.DISK):
             folder = Path(os.path.expanduser(str(section.nvme_path)))
@@ -90,13 +89,8 @@ def state_swap_for(config: Config, groups: list[ShardGroup], binding: Binding, s
     section = config.zero_optimization.offload_optimizer
     if _states_place(config) is not Place.DISK:
         return None
-    named = section.model_fields_set
-    settings = SwapSettings(
-        reads_ahead=section.pipeline_read or "pipeline_read" not in named,
-        writes_behind=section.pipeline_write or "pipeline_write" not in named,
-    )
+    settings = SwapSettings(reads_ahead=section.pipeline_read, writes_behind=section.pipeline_write)
     return StateSwap(groups, binding, shelf.courier("states"), settings)
 
 
-_IO_FIELDS = {"block_size": "block_bytes", "queue_depth": "queue_depth", "intra_op_parallelism": "num_threads"}
 _PLACES = {"none": Place.DEVICE, "cpu": Place.HOST, "nvme": Place.DISK}

@@ -72,6 +72,10 @@ def _set_precision(config: dict[str, Any], options: Options) -> None:
 
 
 def _set_optimizer(config: dict[str, Any], options: Options) -> None:
+    if not _is_set(config, "optimizer") and _rests_in_files(config):  # for which Muon needs too much at once
+        params = {"lr": options.lr * ADAM_SHARE, "weight_decay": 0.01, "betas": [0.9, 0.95]}
+        config["optimizer"] = {"type": "AdamW", "params": params}
+        return
     if not _is_set(config, "optimizer"):
         rates = {"muon_lr": options.lr, "adam_lr": options.lr * ADAM_SHARE}
         config["optimizer"] = {"type": "Muon", "params": {**rates, "weight_decay": 0.01, "betas": [0.9, 0.95]}}
@@ -80,6 +84,12 @@ def _set_optimizer(config: dict[str, Any], options: Options) -> None:
     if "lr" in options.given or not any(_is_set(params, key) for key in ("lr", "muon_lr", "adam_lr")):
         is_muon = str(config["optimizer"].get("type")).lower() == "muon"
         params["lr"] = options.lr if is_muon or "lr" in options.given else options.lr * ADAM_SHARE
+
+
+def _rests_in_files(config: dict[str, Any]) -> bool:
+    zero = config.get("zero_optimization")
+    section = zero.get("offload_optimizer") if isinstance(zero, dict) else None
+    return isinstance(section, dict) and section.get("device") == "nvme"
 
 
 def _set_schedule(config: dict[str, Any], options: Options) -> None:

@@ -22,7 +22,7 @@ class Aio(Section):
 
     block_size: PositiveCount = 1_048_576
     queue_depth: PositiveCount = 8
-    intra_op_parallelism: PositiveCount = 1
+    intra_op_parallelism: PositiveCount = 4
     single_submit: Flag = False
     overlap_events: Flag = True
     use_gds: Flag = False

@@ -45,7 +45,7 @@ class OffloadParam(Section):
 
     device: OffloadDevice = "none"
     nvme_path: FilePath | None = None
-    buffer_count: Count = 5
+    buffer_count: PositiveCount = 5
     buffer_size: Count = 100_000_000
     max_in_cpu: Count = 1_000_000_000
     pin_memory: Flag = True
@@ -56,10 +56,10 @@ class OffloadOptimizer(Section):
 
     device: OffloadDevice = "none"
     nvme_path: FilePath | None = None
-    buffer_count: Count = 4
+    buffer_count: PositiveCount = 4
     pin_memory: Flag = True
-    pipeline_read: Flag = False
-    pipeline_write: Flag = False
+    pipeline_read: Flag = True
+    pipeline_write: Flag = True
     fast_init: Flag = False
     ratio: Fraction = 1.0
     super_offload: Flag = False
