@@ -17,6 +17,7 @@ from craken.zero.layout import Cut
 from craken.zero.leaves import get_z3_leaf_modules, note_leaf_parameters
 from craken.zero.placement import HostShare, Place
 from craken.zero.policy import policy_for_stage
+from craken.zero.quantised_layers import keep_from_repacking, must_stay_whole
 from craken.zero.rules import GroupRules, Wire
 from craken.zero.units import Unit, choose_persistent, plan_units, whole_numel
 
@@ -71,6 +72,8 @@ def shard_model(model: nn.Module, trained: Sequence[Named], plan: ShardingPlan, 
     stays_whole = choose_persistent(
         model.parameters(), max_numel=live.persistent_numel, max_total=live.persistent_total
     )
+    stays_whole = {*stays_whole, *(id(param) for param in model.parameters() if must_stay_whole(param))}
+    keep_from_repacking(model)
     small = [named for named in trained if id(named[1]) in stays_whole]
     leaves = get_z3_leaf_modules(model)
     note_leaf_parameters(leaves)

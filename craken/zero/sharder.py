@@ -18,6 +18,7 @@ from craken.zero.build_settings import BuildSettings
 from craken.zero.group import ShardGroup
 from craken.zero.link import Link
 from craken.zero.placement import Placement
+from craken.zero.quantised_layers import must_stay_whole
 from craken.zero.residence import Ceilings, Residence
 from craken.zero.rules import GroupRules, Sources, Wire
 from craken.zero.shelf import Shelf
@@ -50,7 +51,9 @@ class Sharder:
 
     def shard_parameter(self, name: str, param: nn.Parameter) -> None:
         """Collective: shard a parameter, unless it is sharded already or not of a kind that can be."""
-        if place_of(param) is not None or is_lazy(param) or hasattr(param, "quant_state") or not param.numel():
+        if place_of(param) is not None or is_lazy(param) or not param.numel():
+            return
+        if hasattr(param, "quant_state") or must_stay_whole(param):
             return
         compute = self._rules.precision.compute
         dtype = compute if compute is not None and is_castable(param) else param.dtype
