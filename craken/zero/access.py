@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from craken.comm import broadcast, broadcast_object
-from craken.zero.attributes import Place, place_of, unregister
+from craken.zero.attributes import Membership, place_of, unregister
 from craken.zero.group import ShardGroup
 from craken.zero.hooks import watch_start
 from craken.zero.residence import Residence
@@ -31,7 +31,7 @@ _EXTERNAL = "_craken_external"  # attribute of a module: id of parameter -> _Ext
 
 class _Asked(NamedTuple):
     param: nn.Parameter
-    place: Place
+    place: Membership
 
 
 class _Before(NamedTuple):

@@ -29,7 +29,7 @@ _numbers = itertools.count()
 
 
 @dataclass(eq=False)
-class Place:
+class Membership:
     """Where a parameter's values are.
 
     number: its place in an order that is the same on all ranks. axis: the ranks that hold the model. group: None for
@@ -49,7 +49,7 @@ class Place:
         return type(None), ()  # a pickled parameter is an ordinary one
 
 
-def place_of(param: Any) -> Place | None:
+def place_of(param: Any) -> Membership | None:
     """Return where a parameter's values are; None for anything that stage 3 does not know."""
     return getattr(param, _PLACE, None) if isinstance(param, nn.Parameter) else None
 
@@ -61,7 +61,7 @@ def register(
     for group in groups:
         is_sharded = group.weights is not None
         for slot, (param, shape) in enumerate(zip(group.params, group.shapes, strict=True)):
-            place = Place(
+            place = Membership(
                 next(_numbers),
                 axis,
                 group,
@@ -77,7 +77,7 @@ def register(
 def register_whole(params: Iterable[nn.Parameter], axis: MeshAxis) -> None:
     """Give parameters that every rank keeps whole, in no group, their attributes."""
     for param in params:
-        _write(param, Place(next(_numbers), axis, None, 0, None, None), param.shape)
+        _write(param, Membership(next(_numbers), axis, None, 0, None, None), param.shape)
         set_status(param, ZeroParamStatus.AVAILABLE)
 
 
@@ -87,7 +87,7 @@ def unregister(param: nn.Parameter) -> None:
         delattr(param, name)
 
 
-def _write(param: nn.Parameter, place: Place, shape: torch.Size) -> None:
+def _write(param: nn.Parameter, place: Membership, shape: torch.Size) -> None:
     facts = {"ds_id": place.number, "ds_shape": shape, "ds_numel": math.prod(shape), "ds_active_sub_modules": set()}
     for name, value in {_PLACE: place, **facts}.items():
         setattr(param, name, value)
