@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from craken.comm import get_accelerator, init_distributed, world_axis
-from craken.config import load_config, resolve_batch
+from craken.config import check_mesh, load_config, resolve_batch
 from craken.engine import (
     DeepSpeedEngine,
     Request,
@@ -62,6 +62,7 @@ def initialize(
     check_ranks_agree(parsed.raw, model, axis)  # before any check that could fail on some ranks only
     check_supported(parsed, accelerator, mpu=mpu, mesh_param=mesh_param)
     resolve_batch(parsed, axis.size)
+    check_mesh(parsed.zero_optimization, axis.size)
     with paused():  # a zero.Init that is open is about the user's modules
         engine = DeepSpeedEngine(build_parts(request, parsed, axis, accelerator))
     return engine, engine.optimizer, engine.training_dataloader, engine.lr_scheduler

@@ -2,7 +2,8 @@
 
 from craken.config.batch import BatchSizes, resolve_batch
 from craken.config.load import load_config
+from craken.config.mesh import check_mesh
 from craken.config.schema import Config
 from craken.config.sections.zero import ZeroOptimization
 
-__all__ = ["BatchSizes", "Config", "ZeroOptimization", "load_config", "resolve_batch"]
+__all__ = ["BatchSizes", "Config", "ZeroOptimization", "check_mesh", "load_config", "resolve_batch"]

@@ -41,7 +41,7 @@ class Wires(NamedTuple):
 def wires_for(zero: ZeroOptimization, axis: MeshAxis, shelf: Shelf) -> Wires:
     """Collective over `axis`, the data-parallel one: return what its ranks' shard groups talk through.
 
-    ValueError, on all ranks, for sizes that do not divide the number of ranks.
+    Sizes divide the number of ranks: `check_mesh` has seen to it.
     """
     if not policy_for_stage(zero.stage).frees_params:
         transport = transport_for(axis)
@@ -49,7 +49,6 @@ def wires_for(zero: ZeroOptimization, axis: MeshAxis, shelf: Shelf) -> Wires:
         return Wires(wire, wire)
     replication = None
     if zero.mics_shard_size > 0:
-        _check_divides("mics_shard_size", zero.mics_shard_size, axis)
         everyone = axis
         axis, replicate_axis = split_axis(axis, zero.mics_shard_size)
         replication = Replication(channel_over(replicate_axis), everyone)
@@ -66,7 +65,6 @@ def _sources(zero: ZeroOptimization, axis: MeshAxis) -> Sources:
     """Collective over `axis`: return the ways in which weights come together, all of them."""
     channel, inner = channel_over(axis), None
     if zero.zero_hpz_partition_size > 1:
-        _check_divides("zero_hpz_partition_size", zero.zero_hpz_partition_size, axis)
         inner = channel_over(split_axis(axis, zero.zero_hpz_partition_size)[0])
     return Sources(channel.transport, QuantisedGather(channel), inner)
 
@@ -88,12 +86,3 @@ def _ranks_per_node(zero: ZeroOptimization, axis: MeshAxis) -> int:
     counts = set(gather_objects(get_local_world_size(), axis))
     count = counts.pop()
     return count if not counts and axis.size % count == 0 else axis.size
-
-
-def _check_divides(key: str, size: int, axis: MeshAxis) -> None:
-    if axis.size % size:
-        sizes = [size for size in range(1, axis.size + 1) if axis.size % size == 0]
-        raise ValueError(
-            f"zero_optimization.{key} is {size}, which does not divide the {axis.size} data-parallel ranks: choose one "
-            f"of {', '.join(map(str, sizes))}, or start another number of ranks"
-        )
