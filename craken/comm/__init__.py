@@ -10,7 +10,6 @@ from craken.comm.objects import (
     broadcast,
     broadcast_object,
     gather_objects,
-    move_to_axis_device,
 )
 from craken.comm.quantised import QuantisedGather, QuantisedReduce
 from craken.comm.tracing import phase
@@ -52,7 +51,6 @@ __all__ = [
     "get_world_size",
     "init_distributed",
     "is_initialized",
-    "move_to_axis_device",
     "phase",
     "shutdown",
     "split_axis",

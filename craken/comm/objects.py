@@ -53,7 +53,10 @@ def broadcast(tensor: Tensor, axis: MeshAxis, *, label: str, source: int = 0) ->
 
 
 def all_reduce_sum(tensor: Tensor, axis: MeshAxis, *, label: str) -> Tensor:
-    """Collective over `axis`: return the sum of a short vector over ranks, the same to the bit on all of them."""
+    """Collective over `axis`: return the sum of a short vector over ranks, the same to the bit on all of them.
+
+    The vector may lie on any device, and so will the sum.
+    """
     if axis.size == 1:
         return tensor
     if axis.backend == "gloo":
@@ -61,11 +64,8 @@ def all_reduce_sum(tensor: Tensor, axis: MeshAxis, *, label: str) -> Tensor:
         return messages.sums(tensor, axis)
     sent = 2 * tensor.numel() * (axis.size - 1) // axis.size
     events.record("all_reduce", label, tensor.numel(), sent, tensor.dtype, axis.name)
-    total = tensor.clone()
+    # NCCL sends from the device alone
+    device = torch.device("cuda", torch.cuda.current_device()) if axis.backend == "nccl" else tensor.device
+    total = tensor.to(device, copy=True)
     dist.all_reduce(total, op=dist.ReduceOp.SUM, group=axis.group)
-    return total
-
-
-def move_to_axis_device(tensor: Tensor, axis: MeshAxis) -> Tensor:
-    """Return `tensor` on the device that the axis's backend can send from."""
-    return tensor if axis.backend != "nccl" else tensor.to(torch.device("cuda", torch.cuda.current_device()))
+    return total.to(tensor.device)

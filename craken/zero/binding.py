@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from craken.comm import MeshAxis, all_reduce_sum, move_to_axis_device
+from craken.comm import all_reduce_sum
 from craken.spec import ShardSpec
 from craken.zero.group import MasterFragment, ShardGroup
 
@@ -36,7 +36,7 @@ class Binding:
             del optimizer.state[leftover]
         if self._needs_sums:
             axis = groups[0].wire.axis
-            optimizer.sum_over_shards = lambda sums: _sum_over(sums, axis)  # type: ignore[attr-defined]
+            optimizer.sum_over_shards = lambda sums: all_reduce_sum(sums, axis, label="layer norms")  # type: ignore[attr-defined]
 
     def fragments(self, group_index: int) -> list[MasterFragment]:
         """Return the fragments of a shard group that the optimizer updates on this rank."""
@@ -64,11 +64,6 @@ class Binding:
         if state:
             self.optimizer.state[fragment.tensor] = {key: _cut(value, fragment) for key, value in state.items()}
         return fragment.tensor
-
-
-def _sum_over(sums: Tensor, axis: MeshAxis) -> Tensor:
-    """Collective over `axis`; the sums may be on the host, where states that were offloaded are updated."""
-    return all_reduce_sum(move_to_axis_device(sums, axis), axis, label="layer norms").to(sums.device)
 
 
 def _is_sharded(group: ShardGroup) -> bool:

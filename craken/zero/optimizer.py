@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from craken.comm import MeshAxis, Waitable, all_reduce_sum, move_to_axis_device, phase
+from craken.comm import Waitable, all_reduce_sum, phase
 from craken.zero.binding import Binding
 from craken.zero.chunks import Share, plan_chunks
 from craken.zero.group import MasterFragment, ShardGroup
@@ -121,7 +121,8 @@ class ShardedStep:
         ballot: list[float] = [squares / wire.num_replicas, *self._reducer.pending_groups()]
         for group in self.groups:
             ballot += group.gradients.touched
-        counted = _all_reduce(torch.tensor(ballot, dtype=torch.float64), wire.everyone).tolist()
+        votes = torch.tensor(ballot, dtype=torch.float64)
+        counted = all_reduce_sum(votes, wire.everyone, label="norm and votes").tolist()
         touched, at = [], 1 + num_groups
         for group in self.groups:
             touched.append([count > 0 for count in counted[at : at + len(group.params)]])
@@ -191,10 +192,6 @@ class ShardedStep:
                 param.grad = None
             if hasattr(self.optimizer, "grad_scale"):
                 del self.optimizer.grad_scale
-
-
-def _all_reduce(ballot: Tensor, axis: MeshAxis) -> Tensor:
-    return all_reduce_sum(move_to_axis_device(ballot, axis), axis, label="norm and votes")
 
 
 def _in_order(fragments: Iterable[MasterFragment], group: ShardGroup) -> list[MasterFragment]:
