@@ -40,6 +40,5 @@ def save_weights(state: OrderedDict[str, Tensor], path: Path) -> None:
     if path.suffix in (".bin", ".pt", ".pth"):
         torch.save(state, path)
         return
-    seen: dict[int, str] = {}
-    whole = {name: seen.setdefault(id(value), name) for name, value in state.items()}
-    save_file({name: state[name] for name in set(whole.values())}, path, metadata={"format": "pt"})
+    first_names = {id(value): name for name, value in reversed(state.items())}
+    save_file({name: state[name] for name in first_names.values()}, path, metadata={"format": "pt"})

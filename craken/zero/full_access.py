@@ -264,10 +264,15 @@ def _gather(held: _Held, part: Tensor | None) -> Tensor:
 # --- checks -----------------------------------------------------------------------------------------------------------
 
 
-def _writable(param: nn.Parameter, value: Tensor, who: str) -> _Held:
+def _trained(param: nn.Parameter, who: str) -> _Held:
     held = _held(param)
     if held is None:
         raise ValueError(f"{who}: no engine trains this parameter (of shape {tuple(param.shape)})")
+    return held
+
+
+def _writable(param: nn.Parameter, value: Tensor, who: str) -> _Held:
+    held = _trained(param, who)
     if tuple(value.shape) != held.group.shapes[held.slot]:
         raise ValueError(
             f"{who}: expected a value of shape {held.group.shapes[held.slot]}, the whole parameter's, got "
@@ -277,9 +282,7 @@ def _writable(param: nn.Parameter, value: Tensor, who: str) -> _Held:
 
 
 def _local(param: nn.Parameter, value: Tensor, who: str) -> _Held:
-    held = _held(param)
-    if held is None:
-        raise ValueError(f"{who}: no engine trains this parameter (of shape {tuple(param.shape)})")
+    held = _trained(param, who)
     expected = 0 if held.fragment is None else held.fragment.spec.numel
     if value.numel() != expected:
         raise ValueError(f"{who}: this rank keeps {expected} elements of the parameter, got {value.numel()}")

@@ -191,12 +191,7 @@ class ShardGroup:
         """
         if self.weights is not None:
             self.weights.shards_changed()
-        for piece in self.layout.fragments(self.wire.axis.rank):
-            if piece.slot == slot:
-                values = self.view_of(slot).view(-1).narrow(0, piece.param_offset, piece.numel)
-                self.kept.narrow(0, piece.shard_offset, piece.numel).copy_(values)
-                if not self.master_is_kept:
-                    self.master.narrow(0, piece.shard_offset, piece.numel).copy_(values)
+        self._store(slot, self.view_of(slot))
 
     def write(self, slot: int, value: Tensor) -> None:
         """Make `value`, whole, one parameter's: its master's, this rank's part of it, and the whole where it is there.
@@ -208,9 +203,13 @@ class ShardGroup:
             self.weights.shards_changed()
         if self.weights is None or self.weights.is_whole:
             self.view_of(slot).copy_(value)
+        self._store(slot, value.detach())
+
+    def _store(self, slot: int, whole: Tensor) -> None:
+        """Make this rank's part of one parameter's values the shard's and the master's."""
         for piece in self.pieces():
             if piece.slot == slot:
-                values = value.detach().reshape(-1).narrow(0, piece.param_offset, piece.numel)
+                values = whole.reshape(-1).narrow(0, piece.param_offset, piece.numel)
                 self.kept.narrow(0, piece.shard_offset, piece.numel).copy_(values)
                 if not self.master_is_kept:
                     self.master.narrow(0, piece.shard_offset, piece.numel).copy_(values)

@@ -43,11 +43,11 @@ class Shelf:
         self.link = link
         self._swaps: dict[Kind, Swap] = {}
         self._couriers: dict[Kind, Courier] = {}
-        by_folder: dict[Path, Swap] = {}
+        self._by_folder: dict[Path, Swap] = {}
         for kind, disk in (disks or {}).items():
-            if disk.folder not in by_folder:
-                by_folder[disk.folder] = Swap(disk.folder, disk.io)
-            self._swaps[kind] = by_folder[disk.folder]
+            if disk.folder not in self._by_folder:
+                self._by_folder[disk.folder] = Swap(disk.folder, disk.io)
+            self._swaps[kind] = self._by_folder[disk.folder]
             self._couriers[kind] = Courier(disk.num_buffers, pins=disk.pins)
 
     def empty(
@@ -68,7 +68,7 @@ class Shelf:
     @property
     def num_bytes(self) -> int:
         """Bytes that files have set aside on disks."""
-        return sum(swap.num_bytes for swap in {id(swap): swap for swap in self._swaps.values()}.values())
+        return sum(swap.num_bytes for swap in self._by_folder.values())
 
     def courier(self, kind: Kind) -> Courier:
         """Return what carries this kind between files and memory."""
@@ -76,4 +76,4 @@ class Shelf:
 
     def traffic(self) -> list[Traffic]:
         """Return what each disk has read and written so far."""
-        return [swap.traffic() for swap in {id(swap): swap for swap in self._swaps.values()}.values()]
+        return [swap.traffic() for swap in self._by_folder.values()]

@@ -52,9 +52,6 @@ class StateSwap:
         self._coming: dict[int, tuple[Tensor, list[Ticket]]] = {}
         self._order = list(self._swapped)
 
-    def is_swapped(self, index: int) -> bool:
-        return index in self._swapped
-
     @contextlib.contextmanager
     def at_hand(self, index: int) -> Iterator[None]:
         """Have a group's master and states in memory inside the block; what it writes goes back to their files."""
@@ -154,31 +151,28 @@ class _Swapped:
         """Return a state's place in its file, which is made if need be; None for another group's fragment."""
         for mine, offset in zip(self._fragments, self._offsets, strict=True):
             if mine.tensor is fragment.tensor:
-                if key not in self._resting:
-                    self._resting[key] = self._new_file(key, fragment.tensor.dtype)
+                self.reserve({key: fragment.tensor.dtype})
                 return _part(self._resting[key].flat, fragment, offset)
         return None
 
     def reserve(self, keys: Mapping[str, torch.dtype]) -> None:
-        for key, dtype in keys.items():
-            if key not in self._resting:
-                self._resting[key] = self._new_file(key, dtype)
+        """Make the files that are not there yet."""
+        shelf, group = self.group.wire.shelf, self.group
+        for key in keys.keys() - self._resting.keys():
+            name = f"{group.label}.{key}"
+            self._resting[key] = shelf.empty(Place.DISK, group.master.numel(), keys[key], kind="states", name=name)
 
     def bring(self, flats: Mapping[str, Tensor]) -> None:
         """Make everything a view of `flats`, which hold what was in the files; states replaced since go there too."""
-        for fragment, offset in zip(self._fragments, self._offsets, strict=True):
-            for key, state in tensor_states(self._binding, fragment):
-                if key in flats and state.data_ptr() != _part(self._resting[key].flat, fragment, offset).data_ptr():
-                    _part(flats[key], fragment, offset).copy_(state)
+        self._collect(flats, known=self.at_rest)
         self.show(flats)
 
     def write(self, flats: Mapping[str, Tensor]) -> list[Ticket]:
         """Start to write what an update left in `flats`; the tensors are views of the files again."""
-        self._collect(flats)
-        found = {key: state for fragment in self._fragments for key, state in tensor_states(self._binding, fragment)}
-        for key in found.keys() - self._resting.keys():
-            self._resting[key] = self._new_file(key, found[key].dtype)
-            self._collect({key: self._resting[key].flat})
+        self._collect(flats, known=flats)
+        self.reserve({key: state.dtype for key, state, _, _ in self._states()})
+        new = {key: flat for key, flat in self.at_rest.items() if key not in flats}
+        self._collect(new, known=new)
         self.show(self.at_rest)
         return [self._file(key).write(flat) for key, flat in flats.items()]
 
@@ -187,20 +181,21 @@ class _Swapped:
         self.group.master = flats[_MASTER]
         for fragment, offset in zip(self._fragments, self._offsets, strict=True):
             fragment.tensor.data = _part(flats[_MASTER], fragment, offset)
-            for key, state in tensor_states(self._binding, fragment):
-                if key in flats:
-                    state.data = _part(flats[key], fragment, offset)
+        for key, state, fragment, offset in self._states():
+            if key in flats:
+                state.data = _part(flats[key], fragment, offset)
 
-    def _collect(self, flats: Mapping[str, Tensor]) -> None:
-        """Bring states that came into being elsewhere to their places in `flats`."""
+    def _collect(self, flats: Mapping[str, Tensor], *, known: Mapping[str, Tensor]) -> None:
+        """Copy states that are no views of `known`, as they came into being elsewhere, to their places in `flats`."""
+        for key, state, fragment, offset in self._states():
+            if key in flats and state.data_ptr() != _part(known[key], fragment, offset).data_ptr():
+                _part(flats[key], fragment, offset).copy_(state)
+
+    def _states(self) -> Iterator[tuple[str, Tensor, MasterFragment, int]]:
+        """Yield the key and the tensor of each state, whose it is, and where that lies in flat tensors."""
         for fragment, offset in zip(self._fragments, self._offsets, strict=True):
             for key, state in tensor_states(self._binding, fragment):
-                if key in flats and (place := _part(flats[key], fragment, offset)).data_ptr() != state.data_ptr():
-                    place.copy_(state)
-
-    def _new_file(self, key: str, dtype: torch.dtype) -> Resting:
-        shelf, group = self.group.wire.shelf, self.group
-        return shelf.empty(Place.DISK, group.master.numel(), dtype, kind="states", name=f"{group.label}.{key}")
+                yield key, state, fragment, offset
 
     def _file(self, key: str) -> SwapFile:
         file = self._resting[key].file
