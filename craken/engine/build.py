@@ -9,7 +9,6 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from craken.checkpoint import run_on_all
 from craken.comm import Accelerator, MeshAxis
 from craken.config import BatchSizes, Config, resolve_batch
 from craken.engine.agreement import check_training_agrees
@@ -102,7 +101,7 @@ def build_parts(request: Request, config: Config, axis: MeshAxis, accelerator: A
     sharded = _sharded_params(trainable, optimizer)
     ids = {id(param) for _, param in sharded}
     check_states_can_rest(config, optimizer)
-    shelf, _ = run_on_all(lambda: (shelf_for(config, device), None), axis, doing="preparing offload")
+    shelf = shelf_for(config, device, axis)
     wires = wires_for(config.zero_optimization, axis, shelf)
     rules = replace(rules_of(config, batch, precision, axis), placement=placement_of(config, shelf))
     share = HostShare(config.zero_optimization.offload_optimizer.ratio)

@@ -221,7 +221,6 @@ def _load_progress(engine: Engine, state: dict[str, Any]) -> None:
     engine.global_steps, engine.skipped_steps = state["global_steps"], state["skipped_steps"]
     engine.accumulation.micro_steps, engine.accumulation.in_step = state["micro_steps"], 0
     engine.loss_scaler.load_state_dict(state["loss_scale"])
-    engine.discard_gradients()
     if engine.training_dataloader is not None and state["dataloader"] is not None:
         engine.training_dataloader.load_state_dict(state["dataloader"])
 

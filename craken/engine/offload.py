@@ -31,8 +31,11 @@ from craken.zero import (
 )
 
 
-def shelf_for(config: Config, device: torch.device) -> Shelf:
-    """Return what hands out places; OSError when a folder for files cannot be used."""
+def shelf_for(config: Config, device: torch.device, axis: MeshAxis) -> Shelf:
+    """Return what hands out places. Collective over `axis` where states or weights rest in files.
+
+    OSError, on all ranks, when a folder cannot be used on one.
+    """
     zero = config.zero_optimization
     disks: dict[Kind, DiskSettings] = {}
     sections: list[tuple[Kind, OffloadParam | OffloadOptimizer]]
@@ -42,7 +45,10 @@ def shelf_for(config: Config, device: torch.device) -> Shelf:
         if section.device == "nvme" and (kind == "weights" or _states_place(config) is Place.DISK):
             folder = Path(os.path.expanduser(str(section.nvme_path)))
             disks[kind] = DiskSettings(folder, io, section.buffer_count, section.pin_memory)
-    return Shelf(Link(device), disks)
+    if not disks:
+        return Shelf(Link(device))
+    shelf, _ = run_on_all(lambda: (Shelf(Link(device), disks), None), axis, doing="preparing offload")
+    return shelf
 
 
 def placement_of(config: Config, shelf: Shelf) -> Placement:
