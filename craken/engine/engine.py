@@ -48,7 +48,7 @@ from craken.zero import (
 )
 from craken.zero.parking import Parking
 
-TRIM_EVERY = 4  # steps, where weights come and go
+TRIM_EVERY = 64  # steps, where weights come and go
 
 
 class _Running(NamedTuple):
@@ -285,7 +285,7 @@ class Engine(nn.Module):
             self.skipped_steps += 1
             self._progress.note_skip(self.global_steps, scale_before, self.loss_scaler.value)
         self._progress.note_step(self)
-        if self._lifecycle is not None and (self.global_steps <= 2 or self.global_steps % TRIM_EVERY == 0):
+        if self._lifecycle is not None and _is_time_to_trim(self.global_steps):
             return_freed_memory()
 
     # --- what users ask -----------------------------------------------------------------------------------------------
@@ -365,3 +365,8 @@ def _autocast_dtype(parts: Parts) -> torch.dtype | None:
     if not section.enabled:
         return None
     return dtype_from_name(section.dtype) if section.dtype else torch.bfloat16
+
+
+def _is_time_to_trim(step: int) -> bool:
+    """Say whether the heap is to be tidied after this step: often at first, while it finds its size."""
+    return step & (step - 1) == 0 or step % TRIM_EVERY == 0

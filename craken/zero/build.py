@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -88,6 +89,8 @@ def shard_model(model: nn.Module, trained: Sequence[Named], plan: ShardingPlan, 
         layers.groups.extend(mine)
         layers.frozen.extend(others)
         layers.groups_of[id(unit.module)] = mine + others
+    if held := [_weights_bytes(mine) for mine in layers.groups_of.values() if mine]:
+        plan.wire.shelf.idle_pages.limit = statistics.median_low(held)
     stays = dataclasses.replace(plan.rules, policy=policy_for_stage(2))
     layers.groups.extend(build_groups(small, dataclasses.replace(plan, rules=stays)))
     return layers
@@ -122,3 +125,7 @@ def is_castable(tensor: torch.Tensor) -> bool:
 def _compute_dtype(param: nn.Parameter, rules: GroupRules) -> torch.dtype:
     compute = rules.precision.compute
     return compute if compute is not None and is_castable(param) else param.dtype
+
+
+def _weights_bytes(groups: Sequence[ShardGroup]) -> int:
+    return sum(group.layout.padded_numel * group.dtype.itemsize for group in groups)

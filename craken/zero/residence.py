@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from craken.comm import phase
 from craken.zero.group import ShardGroup
 from craken.zero.order import GatherOrder
+from craken.zero.room import IdlePages
 from craken.zero.weights import ShardedWeights
 
 FETCHED_AHEAD = 8  # groups; as many as there are buffers for
@@ -67,6 +68,7 @@ class Residence:
         self._numels = [group.layout.padded_numel for group in groups]
         self._order = GatherOrder(self._numels)
         self._live = 0  # elements of groups that are here
+        self._idle_pages = groups[0].wire.shelf.idle_pages if groups else IdlePages()
         self._rests_in_files = any(stay.weights.is_in_file for stay in self._stays)
 
     def begin_pass(self, kind: Hashable) -> None:
@@ -90,8 +92,10 @@ class Residence:
                 self._stays[index].weights.finish()
         for index in self._order.ahead(min(self._ceilings.ahead, self._ceilings.live - self._live)):
             self._come(index)
+        following = self._order.following(FETCHED_AHEAD)
+        self._idle_pages.open(not all(self._stays[index].is_here for index in following))
         if self._rests_in_files:  # of which each rank may read ahead as it likes
-            for index in self._order.following(FETCHED_AHEAD):
+            for index in following:
                 self._stays[index].weights.fetch()
 
     def let_go(self, groups: Iterable[ShardGroup], who: Hashable, *, lingers: bool = False) -> None:

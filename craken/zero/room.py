@@ -3,7 +3,7 @@
 On CUDA the storage shrinks to nothing and grows again; the caching allocator makes that cheap. On the host that would
 go through malloc, which either keeps the memory and mixes it with activations (peaks of 1.4 times the need), or returns
 it and faults it in again 4 KiB at a time (a step takes 1.4 times as long). There each buffer is a mapping of its own:
-freeing gives the pages back at once and forbids access, and huge pages make their return cheap.
+freeing forbids access, and the pages go back at once or wait for the next buffer of that size (IdlePages).
 """
 
 from __future__ import annotations
@@ -13,12 +13,14 @@ import functools
 import mmap
 import sys
 import weakref
+from collections import OrderedDict
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 _PROT_NONE, _PROT_READ_WRITE = 0, mmap.PROT_READ | mmap.PROT_WRITE
+_MAYMOVE_FIXED_DONTUNMAP = 1 | 2 | 4  # of mremap; the last is known since Linux 5.7
 _HUGE_PAGE = 2 << 20
 _SMALLEST_MAPPING = 64 << 10  # bytes; less goes through malloc: a process may have 65,530 mappings
 
@@ -47,11 +49,55 @@ class Room(Protocol):
         """Bytes held now."""
 
 
-def room_for(numel: int, dtype: torch.dtype, device: torch.device) -> Room:
-    """Return a room for `numel` elements."""
+class IdlePages:
+    """Pages that rooms gave back, for others of the same size to move in: at most `limit` bytes, while it is `open`.
+
+    The system clears each page that it hands out, which took 4 % of a step of the step benchmark; pages that move from
+    room to room cost a change of page tables. Pages that nobody fits into go as others are taken, so rooms and idle
+    pages together never take more than rooms did.
+    """
+
+    def __init__(self) -> None:
+        self.limit = 0
+        self._is_open = False
+        self._rooms: OrderedDict[int, _Mapping] = OrderedDict()  # by address, the longest idle first
+
+    def open(self, is_open: bool) -> None:
+        """Say whether rooms are about to be taken again; if not, nothing is kept."""
+        self._is_open = is_open
+        if not is_open:
+            self._drop(self.num_bytes)
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(room.size for room in self._rooms.values())
+
+    def put(self, room: _Mapping) -> None:
+        """Take the pages of a room that was given back."""
+        self._rooms[room.address] = room
+        self._drop(self.num_bytes - self.limit * self._is_open)
+
+    def bring(self, room: _Mapping) -> None:
+        """Move idle pages to `room`: its own, or those of another of its size."""
+        fitting = (idle for idle in self._rooms.values() if idle.size == room.size)
+        donor = self._rooms.get(room.address) or next(fitting, None)
+        if donor is not None and donor.move_pages(room):
+            del self._rooms[donor.address]
+        else:
+            self._drop(room.size)
+
+    def _drop(self, num_bytes: int) -> None:
+        while num_bytes > 0 and self._rooms:
+            _, longest = self._rooms.popitem(last=False)
+            num_bytes -= longest.size
+            longest.drop_pages()
+
+
+def room_for(numel: int, dtype: torch.dtype, device: torch.device, idle: IdlePages | None = None) -> Room:
+    """Return a room for `numel` elements; on the host its pages go to and come from `idle`, where that is given."""
     is_large = numel * dtype.itemsize >= _SMALLEST_MAPPING
-    if device.type == "cpu" and is_large and _mprotect() is not None:
-        return _Mapping(numel, dtype)
+    if device.type == "cpu" and is_large and _system("mprotect") is not None:
+        return _Mapping(numel, dtype, idle)
     return _Storage(torch.empty(numel, dtype=dtype, device=device))
 
 
@@ -74,39 +120,74 @@ class _Storage:
 
 
 class _Mapping:
-    """Anonymous pages of the host's."""
+    """Anonymous pages of the host's, huge ones where they fit; aligned, for a huge page only moves as a whole then."""
 
-    def __init__(self, numel: int, dtype: torch.dtype) -> None:
-        self._size = -(-numel * dtype.itemsize // mmap.PAGESIZE) * mmap.PAGESIZE
-        self._pages = mmap.mmap(-1, self._size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        if self._size >= _HUGE_PAGE:
+    def __init__(self, numel: int, dtype: torch.dtype, idle: IdlePages | None) -> None:
+        self.size = -(-numel * dtype.itemsize // mmap.PAGESIZE) * mmap.PAGESIZE
+        is_huge = self.size >= _HUGE_PAGE
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+        self._pages = mmap.mmap(-1, self.size + (_HUGE_PAGE if is_huge else 0), flags=flags)
+        self._start = 0
+        if is_huge:
             self._pages.madvise(mmap.MADV_HUGEPAGE)
-        self.flat = torch.frombuffer(self._pages, dtype=dtype, count=numel)
-        _mapped[self._pages] = self._size
+            self._start = -torch.frombuffer(self._pages, dtype=torch.uint8).data_ptr() % _HUGE_PAGE
+        self.flat = torch.frombuffer(self._pages, dtype=dtype, count=numel, offset=self._start)
+        self.address = self.flat.data_ptr()
+        self._idle, self._is_taken = idle, True
+        _mapped[self._pages] = self.size
 
     def take(self) -> None:
+        if self._idle is not None and not self._is_taken:
+            self._idle.bring(self)
         self._protect(_PROT_READ_WRITE)
-        _mapped[self._pages] = self._size
+        self._is_taken = True
+        _mapped[self._pages] = self.size
 
     def give_back(self) -> None:
-        self._pages.madvise(mmap.MADV_DONTNEED)
+        if self._idle is None:
+            self.drop_pages()
         self._protect(_PROT_NONE)
+        if self._idle is not None and self._is_taken:
+            self._idle.put(self)
+        self._is_taken = False
+
+    def drop_pages(self) -> None:
+        """Give the pages back to the system."""
+        self._pages.madvise(mmap.MADV_DONTNEED, self._start, self.size)
         _mapped[self._pages] = 0
 
+    def move_pages(self, room: _Mapping) -> bool:
+        """Move this room's pages to `room`, which has none; False where the system can't."""
+        if room is self:
+            return True
+        if not _remap(self.address, room.address, self.size):
+            return False
+        _mapped[self._pages] = 0
+        return True
+
     def _protect(self, rights: int) -> None:
-        mprotect = _mprotect()
-        assert mprotect is not None
-        if mprotect(ctypes.c_void_p(self.flat.data_ptr()), ctypes.c_size_t(self._size), rights):
-            raise MemoryError(f"mprotect of {self._size} bytes of weights failed: the system is out of mappings")
+        if _system("mprotect")(ctypes.c_void_p(self.address), ctypes.c_size_t(self.size), rights):
+            raise MemoryError(f"mprotect of {self.size} bytes of weights failed: the system is out of mappings")
 
     @property
     def num_bytes(self) -> int:
-        return _mapped[self._pages]
+        return _mapped[self._pages] if self._is_taken else 0
+
+
+def _remap(source: int, target: int, size: int) -> bool:
+    """Move pages from one mapping to another; both stay mapped. False where the system does not know how."""
+    mremap = _system("mremap")
+    if mremap is None:
+        return False
+    mremap.restype = ctypes.c_void_p
+    sizes = ctypes.c_size_t(size), ctypes.c_size_t(size)
+    moved = mremap(ctypes.c_void_p(source), *sizes, _MAYMOVE_FIXED_DONTUNMAP, ctypes.c_void_p(target))
+    return bool(moved == target)
 
 
 @functools.cache
-def _mprotect() -> Any:
-    """Return the system's mprotect where mappings can be advised, or None."""
+def _system(name: str) -> Any:
+    """Return a function of the C library's where mappings can be advised, or None."""
     if not sys.platform.startswith("linux") or not hasattr(mmap, "MADV_HUGEPAGE"):
         return None
-    return getattr(ctypes.CDLL(None, use_errno=True), "mprotect", None)
+    return getattr(ctypes.CDLL(None, use_errno=True), name, None)

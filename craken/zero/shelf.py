@@ -14,7 +14,7 @@ from craken.disk import IoSettings, Swap, SwapFile, Traffic
 from craken.zero.courier import Courier
 from craken.zero.link import Link
 from craken.zero.placement import Place
-from craken.zero.room import room_for
+from craken.zero.room import IdlePages, room_for
 
 Kind = Literal["weights", "states"]
 
@@ -40,7 +40,7 @@ class Shelf:
 
     def __init__(self, link: Link, disks: Mapping[Kind, DiskSettings] | None = None) -> None:
         """Raises OSError when a disk's folder cannot be used."""
-        self.link = link
+        self.link, self.idle_pages = link, IdlePages()
         self._swaps: dict[Kind, Swap] = {}
         self._couriers: dict[Kind, Courier] = {}
         self._by_folder: dict[Path, Swap] = {}

@@ -61,7 +61,7 @@ class ShardedWeights:
             self._courier = wire.shelf.courier("weights")
         self._coming: tuple[Tensor, Ticket] | None = None
         self._placeholder = torch.empty(0, dtype=self.shard.dtype, device=wire.device)
-        self._room = room_for(layout.padded_numel, self.shard.dtype, wire.device)
+        self._room = room_for(layout.padded_numel, self.shard.dtype, wire.device, wire.shelf.idle_pages)
         self.full = self._room.flat
         self._own = own_part(self.full, layout, wire.axis.rank)
         self._nearby: Room | None = None

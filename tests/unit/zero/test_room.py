@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import gc
+from pathlib import Path
 
 import pytest
 import torch
 
-from craken.zero.room import mapped_bytes, room_for
+from craken.zero.room import IdlePages, Room, mapped_bytes, room_for
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8])
@@ -34,3 +35,112 @@ def test_what_is_mapped_is_counted_until_it_goes() -> None:
     del kept
     gc.collect()
     assert mapped_bytes() == before
+
+
+def rooms_with(idle: IdlePages, *numels: int) -> list[Room]:
+    rooms = [room_for(numel, torch.float32, torch.device("cpu"), idle) for numel in numels]
+    for value, room in enumerate(rooms):
+        room.flat.fill_(value)
+    return rooms
+
+
+def open_pages(limit: int) -> IdlePages:
+    idle = IdlePages()
+    idle.limit = limit
+    idle.open(True)
+    return idle
+
+
+@pytest.mark.parametrize("numel", [1 << 20, 700_001])  # huge pages, and small ones with a part of one at the end
+def test_pages_move_to_the_next_room_of_their_size(numel) -> None:
+    before = mapped_bytes()
+    idle = open_pages(64 << 20)
+    first, second = rooms_with(idle, numel, numel)
+    addresses = first.flat.data_ptr(), second.flat.data_ptr()
+    second.give_back()
+    idle.open(False)
+    idle.open(True)  # second has no pages now
+    first.flat.fill_(7)
+    first.give_back()
+    assert (first.num_bytes, idle.num_bytes) == (0, mapped_bytes() - before)
+    second.take()
+    assert (second.num_bytes, idle.num_bytes) == (mapped_bytes() - before, 0)
+    assert second.flat.eq(7).all(), "these are not the pages that the first room gave back"
+    first.take()
+    assert first.flat.eq(0).all()
+    assert (first.flat.data_ptr(), second.flat.data_ptr()) == addresses
+
+
+def test_a_room_finds_its_own_pages_again() -> None:
+    idle = open_pages(64 << 20)
+    (room,) = rooms_with(idle, 1 << 20)
+    room.flat.fill_(5)
+    room.give_back()
+    room.take()
+    assert room.flat.eq(5).all()
+    assert idle.num_bytes == 0
+
+
+def test_idle_pages_are_no_more_than_the_limit_and_go_where_nothing_will_come() -> None:
+    idle = open_pages(5 << 20)
+    before = mapped_bytes()
+    rooms = rooms_with(idle, 1 << 20, 1 << 20, 1 << 20)
+    for room in rooms:
+        room.give_back()
+    assert idle.num_bytes == mapped_bytes() - before == 4 << 20
+    idle.open(False)
+    assert idle.num_bytes == mapped_bytes() - before == 0
+    rooms[0].take()
+    rooms[0].give_back()
+    assert idle.num_bytes == 0, "nothing is kept while it is not open"
+
+
+def test_pages_that_fit_nobody_make_way() -> None:
+    idle = open_pages(64 << 20)
+    before = mapped_bytes()
+    small, other, large = rooms_with(idle, 1 << 20, 1 << 20, 2 << 20)
+    for room in (large, small, other):
+        room.give_back()
+    idle.open(False)
+    idle.open(True)
+    small.take()
+    other.take()
+    small.give_back()
+    other.give_back()
+    assert mapped_bytes() - before == 8 << 20
+    large.take()
+    assert mapped_bytes() - before == 8 << 20, "idle pages and rooms took more than rooms did"
+
+
+def test_a_system_that_cannot_move_pages_gives_new_ones(monkeypatch) -> None:
+    monkeypatch.setattr("craken.zero.room._remap", lambda source, target, size: False)
+    idle = open_pages(64 << 20)
+    first, second = rooms_with(idle, 1 << 20, 1 << 20)
+    second.give_back()
+    idle.open(False)
+    idle.open(True)
+    first.give_back()
+    second.take()
+    assert second.flat.eq(0).all()
+    assert idle.num_bytes == 0
+
+
+def test_reading_what_was_given_back_is_forbidden_while_pages_wait_and_after_they_moved() -> None:
+    idle = open_pages(64 << 20)
+    first, second = rooms_with(idle, 1 << 20, 1 << 20)
+    second.give_back()
+    idle.open(False)
+    idle.open(True)
+    first.give_back()
+    assert rights_at(first.flat.data_ptr()) == "---p"
+    second.take()
+    assert (rights_at(first.flat.data_ptr()), rights_at(second.flat.data_ptr())) == ("---p", "rw-p")
+
+
+def rights_at(address: int) -> str:
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        where, rights, *_ = line.split()
+        start, end = (int(part, 16) for part in where.split("-"))
+        if start <= address < end:
+            return rights
+    raise AssertionError("nothing is mapped there")
