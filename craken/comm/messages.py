@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from craken.comm.mesh import MeshAxis
-from craken.comm.watchdog import Call, RanksDisagreeError, post
+from craken.comm.watchdog import Call, Exchange, RanksDisagreeError
 
 CONTROL = 1023  # the transport number, of 0 to 1023, that control messages use
 CALLS_A_TRANSPORT = 1 << 20  # tags are 31 bits
@@ -62,10 +62,9 @@ def exchange(outgoing: Tensor, inbox: Mapping[int, Tensor], axis: MeshAxis, what
     assert group is not None, "an axis of several ranks has a group"
     calls = _calls.get(group) or _calls.setdefault(group, itertools.count())
     tag = CONTROL * CALLS_A_TRANSPORT + next(calls) % CALLS_A_TRANSPORT
-    messages = post(Call(what, tag, axis), sends=[(peer, outgoing) for peer in inbox], receives=inbox.items())
+    sends = [(peer, outgoing) for peer in inbox]
     try:
-        for message in messages:
-            message.wait()
+        Exchange(Call(what, tag, axis), sends=sends, receives=inbox.items()).wait()
     except RanksDisagreeError:
         raise
     except RuntimeError as error:

@@ -32,7 +32,7 @@ from craken.comm import events
 from craken.comm.mesh import MeshAxis
 from craken.comm.messages import CALLS_A_TRANSPORT, CONTROL
 from craken.comm.objects import gather_objects
-from craken.comm.watchdog import Call, Message, RanksDisagreeError, post
+from craken.comm.watchdog import Call, Exchange, RanksDisagreeError
 
 _numbers = itertools.count()
 
@@ -113,30 +113,28 @@ class PointToPoint:
         _record("reduce_scatter", full, self._axis, label)
         received = [torch.empty(numel, dtype=full.dtype, device=full.device) for _ in self._peers]
         parts = torch.chunk(full, self._axis.size)
-        works = self._exchange(
-            f"reduce-scatter of {label}", sends=[parts[peer] for peer in self._peers], receives=received
-        )
-        return Pending(works, lambda: add_up(own, received, out, add=add), f"reduce-scatter of {label}")
+        what = f"reduce-scatter of {label}"
+        exchange = self._exchange(what, sends=[parts[peer] for peer in self._peers], receives=received)
+        return Pending([exchange], lambda: add_up(own, received, out, add=add), what)
 
     def all_gather(self, full: Tensor, *, label: str) -> Pending:
         _record("all_gather", full, self._axis, label)
         parts = torch.chunk(full, self._axis.size)
         mine = [parts[self._axis.rank]] * len(self._peers)
         what = f"all-gather of {label}"
-        works = self._exchange(what, sends=mine, receives=[parts[peer] for peer in self._peers])
-        return Pending(works, None, what)
+        return Pending([self._exchange(what, sends=mine, receives=[parts[peer] for peer in self._peers])], None, what)
 
     def all_to_all(self, outbox: Tensor, inbox: Tensor, *, label: str) -> Pending:
         _record("all_to_all", outbox, self._axis, label)
         what = f"all-to-all of {label}"
         sends, receives = [outbox[peer] for peer in self._peers], [inbox[peer] for peer in self._peers]
-        return Pending(self._exchange(what, sends=sends, receives=receives), None, what)
+        return Pending([self._exchange(what, sends=sends, receives=receives)], None, what)
 
-    def _exchange(self, what: str, *, sends: Sequence[Tensor], receives: Sequence[Tensor]) -> list[Message]:
+    def _exchange(self, what: str, *, sends: Sequence[Tensor], receives: Sequence[Tensor]) -> Exchange:
         """Start one message to and one from every peer, given in the order of `_peers`."""
         tag = self._first_tag + (self._calls % _CALLS) * _LABELS + _number_of(what)
         self._calls += 1
-        return post(
+        return Exchange(
             Call(what, tag, self._axis),
             sends=zip(self._peers, sends, strict=True),
             receives=zip(self._peers, receives, strict=True),

@@ -43,27 +43,40 @@ class Call(NamedTuple):
 
 
 class Message(NamedTuple):
-    """A message under way, to or from a peer on the call's axis."""
+    """A message under way, to or from a peer on its call's axis."""
 
-    call: Call
     work: Any
     tensor: Tensor
     peer: int
     is_sent: bool
 
+
+class Exchange:
+    """A call's messages, under way."""
+
+    def __init__(
+        self, call: Call, *, sends: Iterable[tuple[int, Tensor]], receives: Iterable[tuple[int, Tensor]]
+    ) -> None:
+        """Start the messages, given as (peer on the axis, tensor)."""
+        group, tag = call.axis.group, call.tag
+        assert group is not None, "an axis of several ranks has a group"
+        self.call = call
+        # the group's own calls: isend and irecv check what holds here by construction, at 7 us a message
+        self.messages = [Message(group.recv([t], peer, tag), t, peer, False) for peer, t in receives]
+        self.messages += [Message(group.send([t], peer, tag), t, peer, True) for peer, t in sends]
+
     def wait(self) -> None:
-        """Return when the message has gone or come; RanksDisagreeError if it never will."""
+        """Return when all messages have gone or come; RanksDisagreeError if one never will."""
         _watchdog.wait(self)
 
 
-def post(call: Call, *, sends: Iterable[tuple[int, Tensor]], receives: Iterable[tuple[int, Tensor]]) -> list[Message]:
-    """Start a call's messages, given as (peer on the axis, tensor)."""
-    group = call.axis.group
-    assert group is not None, "an axis of several ranks has a group"
-    # the group's own calls: isend and irecv check what holds here by construction, at 7 us a message
-    messages = [Message(call, group.recv([t], peer, call.tag), t, peer, is_sent=False) for peer, t in receives]
-    messages += [Message(call, group.send([t], peer, call.tag), t, peer, is_sent=True) for peer, t in sends]
-    return messages
+class _Wait(NamedTuple):
+    """What this rank waits for, since when (that or an earlier message of the call), and the how manieth wait it is."""
+
+    call: Call
+    message: Message
+    since: float
+    number: int
 
 
 class Waiting(NamedTuple):
@@ -114,30 +127,33 @@ class _Watchdog:
         self._reset()
 
     def _reset(self) -> None:
-        self._waiting: tuple[Message, float, int] | None = None  # since when, and the how manieth wait
+        self._waiting: _Wait | None = None
         self._number = self._beat = 0
         self._has_told = False
         self._last: list[Waiting] = []  # what all ranks told when rank 0 looked last
         self._verdict: str | None = None
         self._answers: list[Any] = []  # messages of no use; dropping one would cancel it
 
-    def wait(self, message: Message) -> None:
+    def wait(self, exchange: Exchange) -> None:
         if self._thread is None:
             self._start()
         if self._verdict is not None:
             raise RanksDisagreeError(self._verdict)
-        self._number += 1
         since = time.monotonic()
-        self._waiting = (message, since, self._number)
         try:
-            message.work.wait()
+            for message in exchange.messages:
+                self._number += 1
+                self._waiting = _Wait(exchange.call, message, since, self._number)
+                message.work.wait()
+                if self._verdict is not None or time.monotonic() - since >= PATIENCE_S:
+                    self._raise_verdict(None)
+        except RanksDisagreeError:
+            raise
         except RuntimeError as error:
             self._raise_verdict(error)  # others may have raised it first, and gone
             raise
         finally:
             self._waiting = None
-        if self._verdict is not None or time.monotonic() - since >= PATIENCE_S:
-            self._raise_verdict(None)
 
     def _raise_verdict(self, cause: Exception | None) -> None:
         with contextlib.suppress(RuntimeError):  # the store may be gone with its host
@@ -168,13 +184,13 @@ class _Watchdog:
 
     def _look(self) -> None:
         waiting = self._waiting
-        if waiting is None or time.monotonic() - waiting[1] < PATIENCE_S:
+        if waiting is None or time.monotonic() - waiting.since < PATIENCE_S:
             if self._has_told:
                 self._has_told = False
                 _store().set(str(dist.get_rank()), "null")
             return
         self._has_told, self._beat = True, self._beat + 1
-        _store().set(str(dist.get_rank()), json.dumps(_told(waiting[0], waiting[2], self._beat)._asdict()))
+        _store().set(str(dist.get_rank()), json.dumps(_told(waiting, self._beat)._asdict()))
         if dist.get_rank() == 0:
             self._judge()
         self._take_verdict()
@@ -226,20 +242,20 @@ def _store() -> Any:
     return torch._C._distributed_c10d.PrefixStore("craken/waits", dist.distributed_c10d._get_default_store())
 
 
-def _told(message: Message, number: int, beat: int) -> Waiting:
-    axis, group = message.call.axis, message.call.axis.group
+def _told(wait: _Wait, beat: int) -> Waiting:
+    call, message, axis, group = wait.call, wait.message, wait.call.axis, wait.call.axis.group
     assert group is not None
     return Waiting(
-        what=message.call.what,
-        call=f"{group.group_name}/{message.call.tag}",
+        what=call.what,
+        call=f"{group.group_name}/{call.tag}",
         members=[axis.global_rank(rank) for rank in range(axis.size)],
         rank=dist.get_rank(),
         peer=axis.global_rank(message.peer),
         group=group.group_name,
-        tag=message.call.tag,
+        tag=call.tag,
         num_bytes=message.tensor.nbytes,
         is_sent=message.is_sent,
-        number=number,
+        number=wait.number,
         beat=beat,
     )
 

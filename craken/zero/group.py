@@ -140,13 +140,12 @@ class ShardGroup:
         if self.weights is not None:
             self.weights.shards_changed()
         arrivals: list[Waitable] = []
-        link = self.wire.shelf.link
-        with contextlib.ExitStack() as beside:
+        link, crosses = self.wire.shelf.link, not self.master_is_kept and self._crosses_link
+        values = self._on_the_way_up() if crosses else self.master
+        with link.beside("up") if crosses else contextlib.nullcontext():
             if self.master_is_kept:
                 pass
-            elif self._crosses_link:
-                values = self._on_the_way_up()
-                beside.enter_context(link.beside("up"))
+            elif crosses:
                 self.kept.copy_(values, non_blocking=True)
                 arrivals.append(link.mark())
             elif self.weights is not None:

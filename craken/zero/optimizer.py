@@ -135,9 +135,8 @@ class ShardedStep:
     def _update(self, touched: Sequence[Sequence[bool]], scale: float) -> None:
         arrivals: list[Waitable] = []
         for indices in self._chunks:
-            with contextlib.ExitStack() as at_hand:
-                if self._swap is not None:
-                    at_hand.enter_context(self._swap.at_hand(indices[0]))  # a run of one, where it matters
+            # a run of one, where it matters
+            with self._swap.at_hand(indices[0]) if self._swap is not None else contextlib.nullcontext():
                 self._step_groups(indices, touched, scale)
                 for index in indices:
                     with phase("zero::refresh", self.groups[index].label):
