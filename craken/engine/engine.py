@@ -48,7 +48,7 @@ from craken.zero import (
 )
 from craken.zero.parking import Parking
 
-TRIM_EVERY = 64  # steps, where weights come and go
+TRIM_EVERY = 64  # steps
 
 
 class _Running(NamedTuple):
@@ -285,7 +285,7 @@ class Engine(nn.Module):
             self.skipped_steps += 1
             self._progress.note_skip(self.global_steps, scale_before, self.loss_scaler.value)
         self._progress.note_step(self)
-        if self._lifecycle is not None and _is_time_to_trim(self.global_steps):
+        if _is_time_to_trim(self.global_steps):
             return_freed_memory()
 
     # --- what users ask -----------------------------------------------------------------------------------------------

@@ -69,8 +69,8 @@ def returning_freed_memory() -> Iterator[None]:
 def return_freed_memory() -> None:
     """Give all of the heap's free pages back to the system, wherever they lie.
 
-    Where weights come and go, the heap grows by a large tensor at some steps, for its free memory lies in pieces: 20 MB
-    in 40 steps of the step benchmark. Costs 30 ms there, and 40,000 page faults in the next step.
+    Its free memory lies in pieces, so that it grows by a large tensor at some steps: by 20 to 30 MB in 40 steps of the
+    step benchmark. Costs 30 ms there, and 40,000 page faults in the next step.
     """
     trim = _function("malloc_trim")
     if trim is not None:
