@@ -76,9 +76,10 @@ class Muon(Optimizer):
         """Add a group; `ValueError` for a parameter that is no matrix in a group that uses Muon."""
         if param_group.get("use_muon", True):
             for tensor in tensors_of([param_group]):
-                if tensor.ndim < 2:
+                shape = _whole_shape(tensor)
+                if len(shape) < 2:
                     raise ValueError(
-                        f"Muon updates matrices, got a parameter of shape {tuple(tensor.shape)}: "
+                        f"Muon updates matrices, got a parameter of shape {tuple(shape)}: "
                         "put it in a group with use_muon=False"
                     )
         else:
@@ -140,7 +141,13 @@ def is_muon_matrix(param: Tensor, name: str = "") -> bool:
     chosen = getattr(param, "use_muon", None)
     if chosen is not None:
         return bool(chosen)
-    return param.ndim >= 2 and "embed" not in name.lower() and "lm_head" not in name.lower()
+    return len(_whole_shape(param)) >= 2 and "embed" not in name.lower() and "lm_head" not in name.lower()
+
+
+def _whole_shape(param: Tensor) -> torch.Size:
+    """Return a parameter's shape, though it is kept as a shard and shows nothing of itself now."""
+    shape: torch.Size = getattr(param, "ds_shape", param.shape)
+    return shape
 
 
 def split_matrices(

@@ -320,6 +320,43 @@ def test_an_optimizer_may_be_made_from_placeholders(run_ranks) -> None:
     run_ranks(optimizer_over_placeholders, 2)
 
 
+def muon_weights(model: nn.Module) -> list[Tensor]:
+    import craken
+
+    engine, *_ = craken.initialize(
+        model=model,
+        config={
+            **STAGE3,
+            "train_micro_batch_size_per_gpu": 3,
+            "steps_per_print": 10**9,
+            "optimizer": {"type": "Muon", "params": {"muon_lr": 0.02, "adam_lr": 1e-3}},
+        },
+    )
+    for step in range(2):
+        engine.backward(error(engine(inputs(step, dist.get_rank()))))
+        engine.step()
+    weights = [value(param).clone() for param in model.parameters()]
+    engine.destroy()
+    return weights
+
+
+def muon_over_placeholders() -> None:
+    from craken.zero import Init
+
+    with Init():
+        model = seeded(lambda: Block(6))
+    plain = seeded(lambda: Block(6))
+    before = [param.detach().clone() for param in plain.parameters()]
+    found, expected = muon_weights(model), muon_weights(plain)
+    for mine, other, old in zip(found, expected, before, strict=True):
+        assert torch.equal(mine, other)
+        assert not torch.equal(mine, old)
+
+
+def test_muon_knows_the_matrices_among_placeholders(run_ranks) -> None:
+    run_ranks(muon_over_placeholders, 2)
+
+
 class Reaching(nn.Module):
     """A constructor that writes into what it has built, in the ways people do."""
 
