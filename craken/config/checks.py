@@ -101,16 +101,7 @@ def _hierarchy(zero: ZeroOptimization) -> Iterator[Problem]:
 
 
 def _unread(zero: ZeroOptimization) -> Iterator[str]:
-    """Yield a notice for each setting about gathers and sums of stage 3 that is not read beside the others."""
-    asked = {
-        "zero_hpz_partition_size": zero.zero_hpz_partition_size > 1,
-        "zero_quantized_weights": zero.zero_quantized_weights,
-        "zero_quantized_nontrainable_weights": zero.zero_quantized_nontrainable_weights,
-        "zero_quantized_gradients": zero.zero_quantized_gradients,
-    }
-    for key, is_asked in asked.items():
-        if is_asked and zero.stage < PARAMETERS_SHARDED:
-            yield f"zero_optimization.{key} has no effect at stage {zero.stage}: it is read at stage 3 only"
+    """Yield a notice for a setting that is not read beside the others."""
     if zero.zeropp_loco_param is not None and not zero.zero_quantized_gradients:
         yield "zero_optimization.zeropp_loco_param has no effect without zero_quantized_gradients: set that to true"
 

@@ -10,6 +10,9 @@ from craken.config.normalise import join
 from craken.config.problems import shown
 from craken.config.schema import Config
 from craken.config.section import Section
+from craken.config.sections.zero import PARAMETERS_SHARDED, OffloadOptimizer, OffloadParam
+
+_READ_WITH_FILES = {"nvme_path", "buffer_count", "pipeline_read", "pipeline_write"}
 
 
 def notices(config: Config, known: Mapping[str, Any]) -> list[str]:
@@ -17,10 +20,11 @@ def notices(config: Config, known: Mapping[str, Any]) -> list[str]:
 
     A section without effect gives one line, and none when it is switched off.
     """
-    return list(_notices(config, known, ""))
+    shards_params = config.zero_optimization.stage == PARAMETERS_SHARDED
+    return list(_notices(config, known, "", shards_params=shards_params))
 
 
-def _notices(section: Section, known: Mapping[str, Any], path: str) -> Iterator[str]:
+def _notices(section: Section, known: Mapping[str, Any], path: str, *, shards_params: bool) -> Iterator[str]:
     for name in known:
         here, value = join(path, name), getattr(section, name)
         if value == type(section).model_fields[name].get_default(call_default_factory=True) or is_off(value):
@@ -33,7 +37,15 @@ def _notices(section: Section, known: Mapping[str, Any], path: str) -> Iterator[
             yet = " yet" if row.status is Status.LATER else ""
             yield f"{setting} has no effect{yet}: {row.does}"
         elif isinstance(value, Section):
-            yield from _notices(value, known[name], here)
+            yield from _notices(value, known[name], here, shards_params=shards_params)
+        elif row.status is Status.STAGE_3 and not shards_params and not name.startswith("stage3_"):  # which says it
+            yield f"{here} has no effect below stage 3: it is read at stage 3 only"
+        elif isinstance(section, (OffloadParam, OffloadOptimizer)) and not _is_read(section, name):
+            yield f'{here} has no effect with "device": "{section.device}"'
+
+
+def _is_read(offload: OffloadParam | OffloadOptimizer, name: str) -> bool:
+    return offload.device == "nvme" or (offload.device == "cpu" and name not in _READ_WITH_FILES)
 
 
 def is_off(value: Any) -> bool:

@@ -37,11 +37,31 @@ def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         ({"datastates_ckpt": {"host_cache_size": 16}}, "datastates_ckpt has no effect: "),
         (
             {"zero_optimization": {"stage": 2, "zero_quantized_gradients": True}},
-            "zero_optimization.zero_quantized_gradients has no effect at stage 2: it is read at stage 3 only",
+            "zero_optimization.zero_quantized_gradients has no effect below stage 3: it is read at stage 3 only",
         ),
         (
             {"zero_optimization": {"stage": 1, "zero_hpz_partition_size": 8}},
-            "zero_optimization.zero_hpz_partition_size has no effect at stage 1: it is read at stage 3 only",
+            "zero_optimization.zero_hpz_partition_size has no effect below stage 3: it is read at stage 3 only",
+        ),
+        (
+            {"zero_optimization": {"stage": 2, "offload_param": {"device": "none", "nvme_path": "/local_nvme"}}},
+            "zero_optimization.offload_param.nvme_path has no effect below stage 3: it is read at stage 3 only",
+        ),
+        (
+            {"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu", "buffer_count": 9}}},
+            'zero_optimization.offload_param.buffer_count has no effect with "device": "cpu"',
+        ),
+        (
+            {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "pipeline_read": False}}},
+            'zero_optimization.offload_optimizer.pipeline_read has no effect with "device": "cpu"',
+        ),
+        (
+            {"zero_optimization": {"stage": 2, "offload_optimizer": {"nvme_path": "/local_nvme"}}},
+            'zero_optimization.offload_optimizer.nvme_path has no effect with "device": "none"',
+        ),
+        (
+            {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "none", "ratio": 0.5}}},
+            'zero_optimization.offload_optimizer.ratio has no effect with "device": "none"',
         ),
         (
             {"zero_optimization": {"stage": 3, "zeropp_loco_param": {"err_beta": 0.5}}},
@@ -75,6 +95,13 @@ def test_a_setting_without_effect_gives_one_notice(given: dict[str, Any], line: 
         {"zero_optimization": {"stage": 3, "zero_quantized_weights": True, "zero_hpz_partition_size": 8}},
         {"zero_optimization": {"stage": 2, "zero_hpz_partition_size": 1, "mics_shard_size": -1}},
         {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu", "pin_memory": False}}},
+        {
+            "zero_optimization": {
+                "stage": 3,
+                "offload_optimizer": {"device": "nvme", "nvme_path": "/x", "pipeline_read": False, "buffer_count": 9},
+                "offload_param": {"device": "cpu", "pin_memory": False},
+            }
+        },
         {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False},
         {"fp16": {"enabled": True, "loss_scale": 128}, "gradient_clipping": 0.3},
     ],
