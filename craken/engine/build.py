@@ -15,7 +15,14 @@ from craken.engine.agreement import check_training_agrees
 from craken.engine.data import ResumableLoader
 from craken.engine.model import named_parameters, place_buffers, place_frozen
 from craken.engine.monitor import Monitor
-from craken.engine.offload import check_states_can_rest, placement_of, reserve_states, shelf_for, state_swap_for
+from craken.engine.offload import (
+    Load,
+    check_states_can_rest,
+    placement_of,
+    reserve_states,
+    shelf_for,
+    state_swap_for,
+)
 from craken.engine.optimizers import cuts_of, get_optimizer, get_scheduler, members
 from craken.engine.request import Request
 from craken.engine.wiring import wires_for
@@ -101,7 +108,8 @@ def build_parts(request: Request, config: Config, axis: MeshAxis, accelerator: A
     sharded = _sharded_params(trainable, optimizer)
     ids = {id(param) for _, param in sharded}
     check_states_can_rest(config, optimizer)
-    shelf = shelf_for(config, device, axis)
+    load = Load([param for _, param in named], [param for _, param in sharded], optimizer)
+    shelf = shelf_for(config, device, axis, load)
     wires = wires_for(config.zero_optimization, axis, shelf)
     rules = replace(rules_of(config, batch, precision, axis), placement=placement_of(config, shelf))
     share = HostShare(config.zero_optimization.offload_optimizer.ratio)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -27,26 +28,32 @@ class Resting(NamedTuple):
 
 
 class DiskSettings(NamedTuple):
-    """The user's folder, how much moves to and from it at a time, and how many buffers may be in memory."""
+    """The user's folder, how much moves to and from it at a time, how many buffers may be in memory, and the least that
+    this host's ranks will set aside there.
+    """
 
     folder: Path
     io: IoSettings
     num_buffers: int
     pins: bool
+    wanted_bytes: int = 0
 
 
 class Shelf:
     """Hands out places for one engine; its files go with it."""
 
     def __init__(self, link: Link, disks: Mapping[Kind, DiskSettings] | None = None) -> None:
-        """Raises OSError when a disk's folder cannot be used."""
+        """Raises OSError when a disk's folder cannot be used or has less room than is wanted."""
         self.link, self.idle_pages = link, IdlePages()
         self._swaps: dict[Kind, Swap] = {}
         self._couriers: dict[Kind, Courier] = {}
         self._by_folder: dict[Path, Swap] = {}
+        wanted: Counter[Path] = Counter()
+        for disk in (disks or {}).values():
+            wanted[disk.folder] += disk.wanted_bytes
         for kind, disk in (disks or {}).items():
             if disk.folder not in self._by_folder:
-                self._by_folder[disk.folder] = Swap(disk.folder, disk.io)
+                self._by_folder[disk.folder] = Swap(disk.folder, disk.io, expected_bytes=wanted[disk.folder])
             self._swaps[kind] = self._by_folder[disk.folder]
             self._couriers[kind] = Courier(disk.num_buffers, pins=disk.pins)
 

@@ -350,6 +350,39 @@ def full_disk_on_one_rank(folder: str) -> str:
     return str(caught.value)
 
 
+def wanted_and_taken(dtype: str, states: str, weights: str, folder: str) -> tuple[int, int]:
+    """Return the bytes that this host's ranks were said to want, and those that they hold in files."""
+    from craken.zero import shelf
+
+    with mock.patch.object(shelf, "Swap", side_effect=shelf.Swap) as made:
+        ledger = held(3, states, weights, dtype, folder)
+    (call,) = made.call_args_list  # both kinds in one folder
+    return call.kwargs["expected_bytes"], ledger["nvme"] * dist.get_world_size()
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize(("states", "weights"), [(DISK, "none"), ("none", DISK), (DISK, DISK)])
+def test_what_files_will_take_is_known_before_they_are_made(run_ranks, tmp_path: Path, dtype, states, weights) -> None:
+    for wanted, taken in run_ranks(wanted_and_taken, 2, dtype, states, weights, str(tmp_path)):
+        assert wanted == taken > 0
+
+
+def too_small_a_disk(folder: str) -> str:
+    """Return the error where the disk has 64 KB, which single files of the model's would fit into."""
+    with (
+        mock.patch.object(os, "statvfs", return_value=mock.Mock(f_bavail=16, f_frsize=4096)),
+        pytest.raises(OSError, match="free some space there") as caught,
+    ):
+        start(3, offload_sections(DISK, "none", folder))
+    return str(caught.value)
+
+
+def test_a_disk_too_small_for_all_is_refused_on_all_ranks_with_the_total(run_ranks, tmp_path: Path) -> None:
+    for message in run_ranks(too_small_a_disk, 2, str(tmp_path)):
+        assert "preparing offload failed on 2 of 2 ranks" in message
+        assert "has 65,536 bytes free, expected " in message
+
+
 def test_a_disk_without_room_for_moments_stops_all_ranks_before_the_first_step(run_ranks, tmp_path: Path) -> None:
     for message in run_ranks(full_disk_on_one_rank, 2, str(tmp_path)):
         assert "setting space aside for optimizer states failed on 1 of 2 ranks: rank 1" in message
