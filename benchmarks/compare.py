@@ -3,14 +3,16 @@
     python benchmarks/compare.py ddp fsdp2:2 craken:0 craken:1 craken:2 --dtype bf16 --rounds 3
     python benchmarks/compare.py ddp original:2 craken:2 --original PYTHON --ranks 4 --accumulation 4
 
-Rounds interleave, so that a busy minute of the machine falls on all. The first case is the unit of `x first`. `--json`
-adds the rows as one line for a program to read. All else goes to train_step.py.
+Rounds interleave, so that a busy minute of the machine falls on all. `x first`, of step time and of CPU time, is the
+median over rounds of the ratio to the first case in the same round, as machines change their speed between rounds.
+`--json` adds the rows as one line for a program to read. All else goes to train_step.py.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import sys
 from pathlib import Path
@@ -23,6 +25,7 @@ from benchmarks.train_step import over_ranks, parse
 
 SCRIPT = str(Path(__file__).with_name("train_step.py"))
 COLUMNS = ("step_ms", "min_ms", "cpu_ms", "peak_mb")
+RATIOS = ("step_ms", "cpu_ms")
 
 
 def run_once(case: str, python: str, extra: list[str]) -> dict[str, Any]:
@@ -30,19 +33,27 @@ def run_once(case: str, python: str, extra: list[str]) -> dict[str, Any]:
     return over_ranks(run_on_ranks(command, parse([case, *extra]).ranks))
 
 
-def medians(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    return {key: statistics.median(run[key] for run in runs) for key in COLUMNS} | {"losses": runs[0]["losses"]}
+Round = dict[str, dict[str, Any]]  # what each case that ran gave
+
+
+def row_of(case: str, first: str, rounds: list[Round]) -> dict[str, Any]:
+    """Return a case's medians over rounds, and those of its ratios to the first case in the same round."""
+    runs = [found[case] for found in rounds if case in found]
+    row = {key: statistics.median(run[key] for run in runs) for key in COLUMNS}
+    beside = [(found[case], found[first]) for found in rounds if case in found and first in found]
+    for key in RATIOS:
+        row[f"{key}_ratio"] = statistics.median([run[key] / unit[key] for run, unit in beside] or [math.nan])
+    return row | {"losses": runs[0]["losses"]}
 
 
 def table(rows: dict[str, dict[str, Any]]) -> str:
-    first = next(iter(rows.values()))
-    heads = f"{'step ms':>9} {'x first':>8} {'min ms':>8} {'cpu ms':>8} {'peak MB':>8}"
+    heads = f"{'step ms':>9} {'x first':>8} {'min ms':>8} {'cpu ms':>8} {'x first':>8} {'peak MB':>8}"
     lines = [f"{'case':14} {heads}   losses: first, second, last"]
     for case, row in rows.items():
         losses = " ".join(f"{loss:.5f}" for loss in (*row["losses"][:2], row["losses"][-1]))
         lines.append(
-            f"{case:14} {row['step_ms']:9.0f} {row['step_ms'] / first['step_ms']:8.2f} {row['min_ms']:8.0f} "
-            f"{row['cpu_ms']:8.0f} {row['peak_mb']:8.0f}   {losses}"
+            f"{case:14} {row['step_ms']:9.0f} {row['step_ms_ratio']:8.2f} {row['min_ms']:8.0f} "
+            f"{row['cpu_ms']:8.0f} {row['cpu_ms_ratio']:8.2f} {row['peak_mb']:8.0f}   {losses}"
         )
     return "\n".join(lines)
 
@@ -56,17 +67,19 @@ def main() -> None:
     options, extra = parser.parse_known_args()
     if options.original is None and any(case.startswith("original") for case in options.cases):
         parser.error("`original:STAGE` needs --original PYTHON: a Python in which the original is installed")
-    runs: dict[str, list[dict[str, Any]]] = {}
+    rounds: list[Round] = []
     for _ in range(options.rounds):
+        rounds.append({})
         for case in options.cases:
             python = options.original if case.startswith("original") else sys.executable
             try:
                 run = run_once(case, python, extra)
-                runs.setdefault(case, []).append(run)
+                rounds[-1][case] = run
                 print(f"{case} {run['step_ms']:.0f} ms {run['peak_mb']:.0f} MB", file=sys.stderr, flush=True)
             except RuntimeError as error:
                 print(f"{case} failed: {error}", file=sys.stderr, flush=True)
-    rows = {case: medians(results) for case, results in runs.items() if results}
+    ran = [case for case in options.cases if any(case in found for found in rounds)]
+    rows = {case: row_of(case, options.cases[0], rounds) for case in ran}
     if not rows:
         sys.exit("no case ran")
     print(table(rows))

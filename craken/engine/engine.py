@@ -48,7 +48,7 @@ from craken.zero import (
 )
 from craken.zero.parking import Parking
 
-TRIM_EVERY = 64  # steps
+TRIM_EVERY = 32  # steps
 
 
 class _Running(NamedTuple):
@@ -368,5 +368,5 @@ def _autocast_dtype(parts: Parts) -> torch.dtype | None:
 
 
 def _is_time_to_trim(step: int) -> bool:
-    """Say whether the heap is to be tidied after this step: often at first, while it finds its size."""
-    return step & (step - 1) == 0 or step % TRIM_EVERY == 0
+    """Say whether the heap is to be tidied after this step: at first, while it finds its size, and rarely later."""
+    return step <= 2 or step % TRIM_EVERY == 0
