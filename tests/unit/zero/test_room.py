@@ -51,15 +51,20 @@ def open_pages(limit: int) -> IdlePages:
     return idle
 
 
+def empty(room: Room, idle: IdlePages) -> None:
+    """Have the room and the idle pages let go of all memory."""
+    room.give_back()
+    idle.open(False)
+    idle.open(True)
+
+
 @pytest.mark.parametrize("numel", [1 << 20, 700_001])  # huge pages, and small ones with a part of one at the end
 def test_pages_move_to_the_next_room_of_their_size(numel) -> None:
     before = mapped_bytes()
     idle = open_pages(64 << 20)
     first, second = rooms_with(idle, numel, numel)
     addresses = first.flat.data_ptr(), second.flat.data_ptr()
-    second.give_back()
-    idle.open(False)
-    idle.open(True)  # second has no pages now
+    empty(second, idle)  # second has no pages now
     first.flat.fill_(7)
     first.give_back()
     assert (first.num_bytes, idle.num_bytes) == (0, mapped_bytes() - before)
@@ -100,9 +105,7 @@ def test_pages_that_fit_nobody_make_way() -> None:
     before = mapped_bytes()
     small, other, large = rooms_with(idle, 1 << 20, 1 << 20, 2 << 20)
     for room in (large, small, other):
-        room.give_back()
-    idle.open(False)
-    idle.open(True)
+        empty(room, idle)
     small.take()
     other.take()
     small.give_back()
@@ -116,9 +119,7 @@ def test_a_system_that_cannot_move_pages_gives_new_ones(monkeypatch) -> None:
     monkeypatch.setattr("craken.zero.room._remap", lambda source, target, size: False)
     idle = open_pages(64 << 20)
     first, second = rooms_with(idle, 1 << 20, 1 << 20)
-    second.give_back()
-    idle.open(False)
-    idle.open(True)
+    empty(second, idle)
     first.give_back()
     second.take()
     assert second.flat.eq(0).all()
@@ -128,9 +129,7 @@ def test_a_system_that_cannot_move_pages_gives_new_ones(monkeypatch) -> None:
 def test_reading_what_was_given_back_is_forbidden_while_pages_wait_and_after_they_moved() -> None:
     idle = open_pages(64 << 20)
     first, second = rooms_with(idle, 1 << 20, 1 << 20)
-    second.give_back()
-    idle.open(False)
-    idle.open(True)
+    empty(second, idle)
     first.give_back()
     assert rights_at(first.flat.data_ptr()) == "---p"
     second.take()
