@@ -67,11 +67,10 @@ def _run_rank(given: Mapping[str, Any]) -> int:
     console = Console(highlight=False, quiet=axis.rank != 0)
     plan = broadcast_object(_plan_or_problem(given, axis.size, console) if axis.rank == 0 else None, axis)
     if isinstance(plan, str):
-        return _refuse(plan, axis.rank)
-    try:
-        trainer = Trainer(plan, console)
-    except OSError as error:  # a folder of the config's, say; all ranks have agreed on it
-        return _refuse(str(error), axis.rank)
+        if axis.rank == 0:
+            raise ValueError(plan)
+        return WRONG_INPUT
+    trainer = Trainer(plan, console)
     if axis.rank == 0:
         _note_start(trainer, console)
     with StopRequest().listening() as request:
@@ -82,13 +81,6 @@ def _run_rank(given: Mapping[str, Any]) -> int:
             _finish(trainer, end, console)
     shutdown()
     return 0 if end.stop is None else end.stop.value
-
-
-def _refuse(problem: str, rank: int) -> int:
-    """Every rank learnt of the problem; the first tells the user."""
-    if rank == 0:
-        raise ValueError(problem)
-    return WRONG_INPUT
 
 
 def _plan_or_problem(given: Mapping[str, Any], num_ranks: int, console: Console) -> Plan | str:

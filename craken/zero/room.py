@@ -9,8 +9,10 @@ freeing forbids access, and the pages go back at once or wait for the next buffe
 from __future__ import annotations
 
 import ctypes
+import errno
 import functools
 import mmap
+import os
 import sys
 import weakref
 from collections import OrderedDict
@@ -21,6 +23,7 @@ from torch import Tensor
 
 _PROT_NONE, _PROT_READ_WRITE = 0, mmap.PROT_READ | mmap.PROT_WRITE
 _MAYMOVE_FIXED_DONTUNMAP = 1 | 2 | 4  # of mremap; the last is known since Linux 5.7
+_UNKNOWN_CALL = (errno.EINVAL, errno.ENOSYS, errno.EPERM)
 _HUGE_PAGE = 2 << 20
 _SMALLEST_MAPPING = 64 << 10  # bytes; less goes through malloc: a process may have 65,530 mappings
 
@@ -74,8 +77,12 @@ class IdlePages:
 
     def put(self, room: _Mapping) -> None:
         """Take the pages of a room that was given back."""
+        limit = self.limit * self._is_open
+        if room.size > limit:
+            room.drop_pages()
+            return
         self._rooms[room.address] = room
-        self._drop(self.num_bytes - self.limit * self._is_open)
+        self._drop(self.num_bytes - limit)
 
     def bring(self, room: _Mapping) -> None:
         """Move idle pages to `room`: its own, or those of another of its size."""
@@ -124,29 +131,30 @@ class _Mapping:
 
     def __init__(self, numel: int, dtype: torch.dtype, idle: IdlePages | None) -> None:
         self.size = -(-numel * dtype.itemsize // mmap.PAGESIZE) * mmap.PAGESIZE
-        is_huge = self.size >= _HUGE_PAGE
-        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-        self._pages = mmap.mmap(-1, self.size + (_HUGE_PAGE if is_huge else 0), flags=flags)
-        self._start = 0
-        if is_huge:
-            self._pages.madvise(mmap.MADV_HUGEPAGE)
-            self._start = -torch.frombuffer(self._pages, dtype=torch.uint8).data_ptr() % _HUGE_PAGE
+        slack = _HUGE_PAGE if self.size >= _HUGE_PAGE else 0
+        self._pages = mmap.mmap(-1, self.size + slack, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        begin = torch.frombuffer(self._pages, dtype=torch.uint8).data_ptr()
+        self._start = -begin % _HUGE_PAGE if slack else 0
         self.flat = torch.frombuffer(self._pages, dtype=dtype, count=numel, offset=self._start)
         self.address = self.flat.data_ptr()
+        if slack:  # out of reach, so that it counts nowhere and no huge page reaches into it
+            _protect(begin, self._start, _PROT_NONE)
+            _protect(self.address + self.size, slack - self._start, _PROT_NONE)
+            self._pages.madvise(mmap.MADV_HUGEPAGE, self._start, self.size)
         self._idle, self._is_taken = idle, True
         _mapped[self._pages] = self.size
 
     def take(self) -> None:
         if self._idle is not None and not self._is_taken:
             self._idle.bring(self)
-        self._protect(_PROT_READ_WRITE)
+        _protect(self.address, self.size, _PROT_READ_WRITE)
         self._is_taken = True
         _mapped[self._pages] = self.size
 
     def give_back(self) -> None:
         if self._idle is None:
             self.drop_pages()
-        self._protect(_PROT_NONE)
+        _protect(self.address, self.size, _PROT_NONE)
         if self._idle is not None and self._is_taken:
             self._idle.put(self)
         self._is_taken = False
@@ -162,26 +170,32 @@ class _Mapping:
             return True
         if not _remap(self.address, room.address, self.size):
             return False
-        _mapped[self._pages] = 0
+        _mapped[self._pages], _mapped[room._pages] = 0, self.size
         return True
-
-    def _protect(self, rights: int) -> None:
-        if _system("mprotect")(ctypes.c_void_p(self.address), ctypes.c_size_t(self.size), rights):
-            raise MemoryError(f"mprotect of {self.size} bytes of weights failed: the system is out of mappings")
 
     @property
     def num_bytes(self) -> int:
         return _mapped[self._pages] if self._is_taken else 0
 
 
+def _protect(address: int, size: int, rights: int) -> None:
+    if size and _system("mprotect")(ctypes.c_void_p(address), ctypes.c_size_t(size), rights):
+        raise MemoryError(f"mprotect of {size} bytes of weights failed: the system is out of mappings")
+
+
 def _remap(source: int, target: int, size: int) -> bool:
-    """Move pages from one mapping to another; both stay mapped. False where the system does not know how."""
+    """Move pages from one mapping to another; both stay mapped. False where the system does not know how.
+
+    MemoryError when it fails although it knows: nothing may be mapped at `target` then.
+    """
     mremap = _system("mremap")
     if mremap is None:
         return False
     mremap.restype = ctypes.c_void_p
     sizes = ctypes.c_size_t(size), ctypes.c_size_t(size)
     moved = mremap(ctypes.c_void_p(source), *sizes, _MAYMOVE_FIXED_DONTUNMAP, ctypes.c_void_p(target))
+    if moved != target and (code := ctypes.get_errno()) not in _UNKNOWN_CALL:
+        raise MemoryError(f"moving {size} bytes of weights failed: {os.strerror(code)}")
     return bool(moved == target)
 
 

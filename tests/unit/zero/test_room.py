@@ -136,6 +136,25 @@ def test_reading_what_was_given_back_is_forbidden_while_pages_wait_and_after_the
     assert (rights_at(first.flat.data_ptr()), rights_at(second.flat.data_ptr())) == ("---p", "rw-p")
 
 
+def test_nothing_of_a_room_stays_in_memory_nor_counts_as_data() -> None:
+    before = resident_and_data()
+    room = room_for(5 << 18, torch.float32, torch.device("cpu"))  # 5 MB: two huge pages and a half
+    room.flat.fill_(1)
+    resident, data = (now - then for now, then in zip(resident_and_data(), before, strict=True))
+    assert 4 << 20 <= resident <= 6 << 20
+    assert 5 << 20 <= data < 6 << 20, "address space for alignment counts against a limit on data"
+    room.give_back()
+    resident, data = (now - then for now, then in zip(resident_and_data(), before, strict=True))
+    assert resident < 1 << 20
+    assert data < 1 << 20
+
+
+def resident_and_data() -> tuple[int, int]:
+    """Return this process's resident bytes, and those that RLIMIT_DATA counts."""
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(status["VmRSS"].split()[0]) << 10, int(status["VmData"].split()[0]) << 10
+
+
 def rights_at(address: int) -> str:
     for line in Path("/proc/self/maps").read_text().splitlines():
         where, rights, *_ = line.split()
