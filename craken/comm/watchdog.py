@@ -71,7 +71,7 @@ class Exchange:
 
 
 class _Wait(NamedTuple):
-    """What this rank waits for, since when (that or an earlier message of the call), and the how manieth wait it is."""
+    """What this rank waits for, since when, and the how manieth wait it is."""
 
     call: Call
     message: Message
@@ -139,10 +139,9 @@ class _Watchdog:
             self._start()
         if self._verdict is not None:
             raise RanksDisagreeError(self._verdict)
-        since = time.monotonic()
         try:
             for message in exchange.messages:
-                self._number += 1
+                self._number, since = self._number + 1, time.monotonic()
                 self._waiting = _Wait(exchange.call, message, since, self._number)
                 message.work.wait()
                 if self._verdict is not None or time.monotonic() - since >= PATIENCE_S:
