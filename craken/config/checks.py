@@ -102,7 +102,8 @@ def _hierarchy(zero: ZeroOptimization) -> Iterator[Problem]:
 
 def _unread(zero: ZeroOptimization) -> Iterator[str]:
     """Yield a notice for a setting that is not read beside the others."""
-    if zero.zeropp_loco_param is not None and not zero.zero_quantized_gradients:
+    shards_params = zero.stage == PARAMETERS_SHARDED
+    if shards_params and zero.zeropp_loco_param is not None and not zero.zero_quantized_gradients:
         yield "zero_optimization.zeropp_loco_param has no effect without zero_quantized_gradients: set that to true"
 
 

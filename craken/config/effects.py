@@ -29,6 +29,8 @@ def _notices(section: Section, known: Mapping[str, Any], path: str, *, shards_pa
         here, value = join(path, name), getattr(section, name)
         if value == type(section).model_fields[name].get_default(call_default_factory=True) or is_off(value):
             continue
+        if name == "nvme_path" and value == "none":  # as accelerate fills in "auto"
+            continue
         row = KNOWN_KEYS[here]
         if row.status in (Status.LATER, Status.NO_EFFECT):
             setting = (

@@ -102,6 +102,13 @@ def test_a_setting_without_effect_gives_one_notice(given: dict[str, Any], line: 
                 "offload_param": {"device": "cpu", "pin_memory": False},
             }
         },
+        {
+            "zero_optimization": {
+                "stage": 2,
+                "offload_optimizer": {"device": "none", "nvme_path": "none"},
+                "offload_param": {"device": "none", "nvme_path": "none"},
+            }
+        },
         {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False},
         {"fp16": {"enabled": True, "loss_scale": 128}, "gradient_clipping": 0.3},
     ],
