@@ -16,7 +16,6 @@ from craken.engine.data import ResumableLoader
 from craken.engine.model import named_parameters, place_buffers, place_frozen
 from craken.engine.monitor import Monitor
 from craken.engine.offload import (
-    Load,
     check_states_can_rest,
     placement_of,
     reserve_states,
@@ -108,8 +107,7 @@ def build_parts(request: Request, config: Config, axis: MeshAxis, accelerator: A
     sharded = _sharded_params(trainable, optimizer)
     ids = {id(param) for _, param in sharded}
     check_states_can_rest(config, optimizer)
-    load = Load([param for _, param in named], [param for _, param in sharded], optimizer)
-    shelf = shelf_for(config, device, axis, load)
+    shelf = shelf_for(config, device, axis, [param for _, param in sharded], optimizer)
     wires = wires_for(config.zero_optimization, axis, shelf)
     rules = replace(rules_of(config, batch, precision, axis), placement=placement_of(config, shelf))
     share = HostShare(config.zero_optimization.offload_optimizer.ratio)

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
 from craken.checkpoint import run_on_all
-from craken.comm import MeshAxis, get_local_world_size
+from craken.comm import MeshAxis, gather_objects
 from craken.config import Config
 from craken.config.sections.zero import OffloadOptimizer, OffloadParam
 from craken.disk import IoSettings
@@ -30,24 +30,17 @@ from craken.zero import (
     Shelf,
     StateSwap,
     SwapSettings,
-    is_castable,
     policy_for_stage,
     whole_numel,
 )
 
 
-class Load(NamedTuple):
-    """What may rest in files: all parameters of the model, those that train, and what trains them."""
-
-    params: Sequence[nn.Parameter]
-    trained: Sequence[nn.Parameter]
-    optimizer: Optimizer | None
-
-
-def shelf_for(config: Config, device: torch.device, axis: MeshAxis, load: Load) -> Shelf:
+def shelf_for(
+    config: Config, device: torch.device, axis: MeshAxis, trained: Sequence[nn.Parameter], optimizer: Optimizer | None
+) -> Shelf:
     """Return what hands out places. Collective over `axis` where states or weights rest in files.
 
-    OSError, on all ranks, when a folder cannot be used on one, or has too little room for `load`.
+    OSError, on all ranks, when a folder cannot be used on one, or has too little room for the states of `trained`.
     """
     zero = config.zero_optimization
     disks: dict[Kind, DiskSettings] = {}
@@ -57,28 +50,30 @@ def shelf_for(config: Config, device: torch.device, axis: MeshAxis, load: Load) 
     for kind, section in sections:
         if section.device == "nvme" and (kind == "weights" or _states_place(config) is Place.DISK):
             folder = Path(os.path.expanduser(str(section.nvme_path)))
-            wanted = _bytes_in_files(kind, config, load) * get_local_world_size() // axis.size
+            wanted = _state_bytes(config, trained, optimizer) if kind == "states" else 0
             disks[kind] = DiskSettings(folder, io, section.buffer_count, section.pin_memory, wanted)
     if not disks:
         return Shelf(Link(device))
+    hosts = gather_objects(socket.gethostname(), axis)
+    on_this_host = hosts.count(socket.gethostname())
+    for kind, disk in disks.items():
+        disks[kind] = disk._replace(wanted_bytes=disk.wanted_bytes * on_this_host // axis.size)
     shelf, _ = run_on_all(lambda: (Shelf(Link(device), disks), None), axis, doing="preparing offload")
     return shelf
 
 
-def _bytes_in_files(kind: Kind, config: Config, load: Load) -> int:
-    """Return the least that all ranks together set aside: padding is left out, and what stays whole."""
+def _state_bytes(config: Config, trained: Sequence[nn.Parameter], optimizer: Optimizer | None) -> int:
+    """Return the least that all ranks together set aside for masters and states.
+
+    0 with a `ratio`: groups leave as a whole, so the share that does is not known yet.
+    """
     zero = config.zero_optimization
-    compute = torch.float16 if config.fp16.enabled else torch.bfloat16 if config.bf16.enabled else None
-    if kind == "weights":
-        sharded = [param for param in load.params if whole_numel(param) > zero.stage3_param_persistence_threshold]
-        return sum(
-            whole_numel(param) * (compute if compute and is_castable(param) else param.dtype).itemsize
-            for param in sharded
-        )
-    moments = {} if load.optimizer is None else state_dtypes(load.optimizer)
-    master_is_weights = compute is None and zero.offload_param.device == "nvme"
-    an_element = sum(dtype.itemsize for dtype in moments.values()) + (0 if master_is_weights else 4)
-    return int(zero.offload_optimizer.ratio * an_element * sum(whole_numel(param) for param in load.trained))
+    if optimizer is None or zero.offload_optimizer.ratio < 1:
+        return 0
+    is_mixed = config.fp16.enabled or config.bf16.enabled
+    has_masters = is_mixed or zero.offload_param.device != "nvme"  # or the weights that rest in files are the masters
+    an_element = sum(dtype.itemsize for dtype in state_dtypes(optimizer).values()) + 4 * has_masters
+    return an_element * sum(map(whole_numel, trained))
 
 
 def placement_of(config: Config, shelf: Shelf) -> Placement:
