@@ -3,7 +3,7 @@
     python benchmarks/compare.py ddp fsdp2:2 craken:0 craken:1 craken:2 --dtype bf16 --rounds 3
     python benchmarks/compare.py ddp original:2 craken:2 --original PYTHON --ranks 4 --accumulation 4
 
-Rounds interleave, so that a busy minute of the machine falls on all. `x first`, of step time and of CPU time, is the
+Rounds interleave, so that a busy minute of the machine falls on all. `x first`, and `cpu x` of CPU time, is the
 median over rounds of the ratio to the first case in the same round, as machines change their speed between rounds.
 `--json` adds the rows as one line for a program to read. All else goes to train_step.py.
 """
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import statistics
 import sys
 from pathlib import Path
@@ -40,20 +39,24 @@ def row_of(case: str, first: str, rounds: list[Round]) -> dict[str, Any]:
     """Return a case's medians over rounds, and those of its ratios to the first case in the same round."""
     runs = [found[case] for found in rounds if case in found]
     row = {key: statistics.median(run[key] for run in runs) for key in COLUMNS}
-    beside = [(found[case], found[first]) for found in rounds if case in found and first in found]
     for key in RATIOS:
-        row[f"{key}_ratio"] = statistics.median([run[key] / unit[key] for run, unit in beside] or [math.nan])
+        ratios = [found[case][key] / found[first][key] for found in rounds if case in found and first in found]
+        row[f"{key}_ratio"] = statistics.median(ratios) if ratios else None
     return row | {"losses": runs[0]["losses"]}
 
 
+def shown(ratio: float | None) -> str:
+    return f"{'-':>8}" if ratio is None else f"{ratio:8.2f}"
+
+
 def table(rows: dict[str, dict[str, Any]]) -> str:
-    heads = f"{'step ms':>9} {'x first':>8} {'min ms':>8} {'cpu ms':>8} {'x first':>8} {'peak MB':>8}"
+    heads = f"{'step ms':>9} {'x first':>8} {'min ms':>8} {'cpu ms':>8} {'cpu x':>8} {'peak MB':>8}"
     lines = [f"{'case':14} {heads}   losses: first, second, last"]
     for case, row in rows.items():
         losses = " ".join(f"{loss:.5f}" for loss in (*row["losses"][:2], row["losses"][-1]))
         lines.append(
-            f"{case:14} {row['step_ms']:9.0f} {row['step_ms_ratio']:8.2f} {row['min_ms']:8.0f} "
-            f"{row['cpu_ms']:8.0f} {row['cpu_ms_ratio']:8.2f} {row['peak_mb']:8.0f}   {losses}"
+            f"{case:14} {row['step_ms']:9.0f} {shown(row['step_ms_ratio'])} {row['min_ms']:8.0f} "
+            f"{row['cpu_ms']:8.0f} {shown(row['cpu_ms_ratio'])} {row['peak_mb']:8.0f}   {losses}"
         )
     return "\n".join(lines)
 
@@ -65,6 +68,8 @@ def main() -> None:
     parser.add_argument("--original", metavar="PYTHON", help="a Python that has the original, for `original:STAGE`")
     parser.add_argument("--json", action="store_true")
     options, extra = parser.parse_known_args()
+    if len({*options.cases}) < len(options.cases):
+        parser.error("a case is given twice; each runs once a round")
     if options.original is None and any(case.startswith("original") for case in options.cases):
         parser.error("`original:STAGE` needs --original PYTHON: a Python in which the original is installed")
     rounds: list[Round] = []
@@ -79,7 +84,7 @@ def main() -> None:
             except RuntimeError as error:
                 print(f"{case} failed: {error}", file=sys.stderr, flush=True)
     ran = [case for case in options.cases if any(case in found for found in rounds)]
-    rows = {case: row_of(case, options.cases[0], rounds) for case in ran}
+    rows = {case: row_of(case, ran[0], rounds) for case in ran}
     if not rows:
         sys.exit("no case ran")
     print(table(rows))
