@@ -116,6 +116,10 @@ WRONG: list[tuple[dict[str, Any], list[str]]] = [
         ["zero_optimization.offload_param.nvme_path: expected a folder", 'write for example "nvme_path"'],
     ),
     (
+        _zero(stage=2, offload_optimizer={"device": "nvme", "nvme_path": "none"}),
+        ["zero_optimization.offload_optimizer.nvme_path: expected a folder", 'got the text "none"'],
+    ),
+    (
         _zero(stage=2, offload_optimizer={"device": "nvme"}),
         ["zero_optimization.offload_optimizer.nvme_path: expected a folder", "got nothing"],
     ),
