@@ -1,4 +1,4 @@
-"""Reading a configuration needs no torch and next to no time."""
+"""Reading a configuration needs no torch and few modules: 0.15 s of imports, most of them pydantic's."""
 
 from __future__ import annotations
 
@@ -6,18 +6,17 @@ import subprocess
 import sys
 
 CODE = """
-import sys, time
-start = time.process_time()
+import sys
+before = len(sys.modules)
 import craken.config
 craken.config.load_config({"train_batch_size": 8})
-print(time.process_time() - start, "torch" in sys.modules, "numpy" in sys.modules)
+print(len(sys.modules) - before, "torch" in sys.modules, "numpy" in sys.modules)
 """
+MOST_MODULES = 300  # 194 of them on Python 3.11; torch brings over a thousand
 
 
-def test_importing_the_configuration_loads_no_torch_and_takes_under_three_tenths_of_a_second() -> None:
-    answers = [
-        subprocess.run([sys.executable, "-c", CODE], check=True, capture_output=True, text=True) for _ in range(5)
-    ]
-    cpu_s, *loaded = min((answer.stdout.split() for answer in answers), key=lambda words: float(words[0]))
+def test_reading_a_configuration_loads_no_torch_and_few_modules() -> None:
+    answer = subprocess.run([sys.executable, "-c", CODE], check=True, capture_output=True, text=True)
+    num_modules, *loaded = answer.stdout.split()
     assert loaded == ["False", "False"]
-    assert float(cpu_s) < 0.3
+    assert int(num_modules) < MOST_MODULES
