@@ -141,21 +141,19 @@ class _Mapping:
             _protect(begin, self._start, _PROT_NONE)
             _protect(self.address + self.size, slack - self._start, _PROT_NONE)
             self._pages.madvise(mmap.MADV_HUGEPAGE, self._start, self.size)
-        self._idle, self._is_taken = idle, True
+        self._idle, self._is_taken = idle or IdlePages(), True  # one of its own keeps nothing
         _mapped[self._pages] = self.size
 
     def take(self) -> None:
-        if self._idle is not None and not self._is_taken:
+        if not self._is_taken:
             self._idle.bring(self)
         _protect(self.address, self.size, _PROT_READ_WRITE)
         self._is_taken = True
         _mapped[self._pages] = self.size
 
     def give_back(self) -> None:
-        if self._idle is None:
-            self.drop_pages()
         _protect(self.address, self.size, _PROT_NONE)
-        if self._idle is not None and self._is_taken:
+        if self._is_taken:
             self._idle.put(self)
         self._is_taken = False
 

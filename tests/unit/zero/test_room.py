@@ -58,13 +58,19 @@ def empty(room: Room, idle: IdlePages) -> None:
     idle.open(True)
 
 
+def a_room_and_an_empty_one(numel: int) -> tuple[IdlePages, Room, Room]:
+    """Return what their pages may wait in, a room, and one of its size that has no pages."""
+    idle = open_pages(64 << 20)
+    first, second = rooms_with(idle, numel, numel)
+    empty(second, idle)
+    return idle, first, second
+
+
 @pytest.mark.parametrize("numel", [1 << 20, 700_001])  # huge pages, and small ones with a part of one at the end
 def test_pages_move_to_the_next_room_of_their_size(numel) -> None:
     before = mapped_bytes()
-    idle = open_pages(64 << 20)
-    first, second = rooms_with(idle, numel, numel)
+    idle, first, second = a_room_and_an_empty_one(numel)
     addresses = first.flat.data_ptr(), second.flat.data_ptr()
-    empty(second, idle)  # second has no pages now
     first.flat.fill_(7)
     first.give_back()
     assert (first.num_bytes, idle.num_bytes) == (0, mapped_bytes() - before)
@@ -117,9 +123,7 @@ def test_pages_that_fit_nobody_make_way() -> None:
 
 def test_a_system_that_cannot_move_pages_gives_new_ones(monkeypatch) -> None:
     monkeypatch.setattr("craken.zero.room._remap", lambda source, target, size: False)
-    idle = open_pages(64 << 20)
-    first, second = rooms_with(idle, 1 << 20, 1 << 20)
-    empty(second, idle)
+    idle, first, second = a_room_and_an_empty_one(1 << 20)
     first.give_back()
     second.take()
     assert second.flat.eq(0).all()
@@ -127,9 +131,7 @@ def test_a_system_that_cannot_move_pages_gives_new_ones(monkeypatch) -> None:
 
 
 def test_reading_what_was_given_back_is_forbidden_while_pages_wait_and_after_they_moved() -> None:
-    idle = open_pages(64 << 20)
-    first, second = rooms_with(idle, 1 << 20, 1 << 20)
-    empty(second, idle)
+    _, first, second = a_room_and_an_empty_one(1 << 20)
     first.give_back()
     assert rights_at(first.flat.data_ptr()) == "---p"
     second.take()
