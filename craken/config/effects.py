@@ -20,11 +20,10 @@ def notices(config: Config, known: Mapping[str, Any]) -> list[str]:
 
     A section without effect gives one line, and none when it is switched off.
     """
-    shards_params = config.zero_optimization.stage == PARAMETERS_SHARDED
-    return list(_notices(config, known, "", shards_params=shards_params))
+    return list(_notices(config, known, "", config.zero_optimization.stage))
 
 
-def _notices(section: Section, known: Mapping[str, Any], path: str, *, shards_params: bool) -> Iterator[str]:
+def _notices(section: Section, known: Mapping[str, Any], path: str, stage: int) -> Iterator[str]:
     for name in known:
         here, value = join(path, name), getattr(section, name)
         if value == type(section).model_fields[name].get_default(call_default_factory=True) or is_off(value):
@@ -39,9 +38,9 @@ def _notices(section: Section, known: Mapping[str, Any], path: str, *, shards_pa
             yet = " yet" if row.status is Status.LATER else ""
             yield f"{setting} has no effect{yet}: {row.does}"
         elif isinstance(value, Section):
-            yield from _notices(value, known[name], here, shards_params=shards_params)
-        elif row.status is Status.STAGE_3 and not shards_params and not name.startswith("stage3_"):  # which says it
-            yield f"{here} has no effect below stage 3: it is read at stage 3 only"
+            yield from _notices(value, known[name], here, stage)
+        elif row.status is Status.STAGE_3 and stage < PARAMETERS_SHARDED and not name.startswith("stage3_"):
+            yield f"{here} has no effect at stage {stage}: it is read at stage 3 only"
         elif isinstance(section, (OffloadParam, OffloadOptimizer)) and not _is_read(section, name):
             yield f'{here} has no effect with "device": "{section.device}"'
 

@@ -37,15 +37,15 @@ def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         ({"datastates_ckpt": {"host_cache_size": 16}}, "datastates_ckpt has no effect: "),
         (
             {"zero_optimization": {"stage": 2, "zero_quantized_gradients": True}},
-            "zero_optimization.zero_quantized_gradients has no effect below stage 3: it is read at stage 3 only",
+            "zero_optimization.zero_quantized_gradients has no effect at stage 2: it is read at stage 3 only",
         ),
         (
             {"zero_optimization": {"stage": 1, "zero_hpz_partition_size": 8}},
-            "zero_optimization.zero_hpz_partition_size has no effect below stage 3: it is read at stage 3 only",
+            "zero_optimization.zero_hpz_partition_size has no effect at stage 1: it is read at stage 3 only",
         ),
         (
             {"zero_optimization": {"stage": 2, "offload_param": {"device": "none", "nvme_path": "/local_nvme"}}},
-            "zero_optimization.offload_param.nvme_path has no effect below stage 3: it is read at stage 3 only",
+            "zero_optimization.offload_param.nvme_path has no effect at stage 2: it is read at stage 3 only",
         ),
         (
             {"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu", "buffer_count": 9}}},
