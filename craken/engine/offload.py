@@ -50,14 +50,12 @@ def shelf_for(
     for kind, section in sections:
         if section.device == "nvme" and (kind == "weights" or _states_place(config) is Place.DISK):
             folder = Path(os.path.expanduser(str(section.nvme_path)))
-            wanted = _state_bytes(config, trained, optimizer) if kind == "states" else 0
+            wanted = 0
+            if kind == "states":
+                wanted = _state_bytes(config, trained, optimizer) * _ranks_on_this_host(axis) // axis.size
             disks[kind] = DiskSettings(folder, io, section.buffer_count, section.pin_memory, wanted)
     if not disks:
         return Shelf(Link(device))
-    hosts = gather_objects(socket.gethostname(), axis)
-    on_this_host = hosts.count(socket.gethostname())
-    for kind, disk in disks.items():
-        disks[kind] = disk._replace(wanted_bytes=disk.wanted_bytes * on_this_host // axis.size)
     shelf, _ = run_on_all(lambda: (Shelf(Link(device), disks), None), axis, doing="preparing offload")
     return shelf
 
@@ -74,6 +72,12 @@ def _state_bytes(config: Config, trained: Sequence[nn.Parameter], optimizer: Opt
     has_masters = is_mixed or zero.offload_param.device != "nvme"  # or the weights that rest in files are the masters
     an_element = sum(dtype.itemsize for dtype in state_dtypes(optimizer).values()) + 4 * has_masters
     return an_element * sum(map(whole_numel, trained))
+
+
+def _ranks_on_this_host(axis: MeshAxis) -> int:
+    """Collective over `axis`: return how many of its ranks share this one's disks."""
+    host = socket.gethostname()
+    return gather_objects(host, axis).count(host)
 
 
 def placement_of(config: Config, shelf: Shelf) -> Placement:
