@@ -116,8 +116,8 @@ def _table(measured: Measured, best: Speed, verbs: Sequence[Verb], folder: Path)
 def _row(speed: Speed, is_best: bool) -> list[str]:
     settings = speed.settings
     assert settings is not None
-    mib, kib = divmod(settings.block_bytes, 1 << 20)[0], settings.block_bytes >> 10
-    block = f"{mib} MiB" if mib else f"{kib} KiB"
+    num_bytes = settings.block_bytes
+    block = f"{num_bytes >> 10} KiB" if num_bytes % (1 << 20) else f"{num_bytes >> 20} MiB"
     return ["craken <-" if is_best else "craken", block, str(settings.queue_depth), str(settings.num_threads)]
 
 
