@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+import weakref
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -30,11 +31,13 @@ from craken.precision import dtype_from_name
 from craken.zero import (
     GradientReducer,
     Lifecycle,
+    Occasion,
     ParameterOffload,
     Removable,
     Residence,
     ShardedOptimizer,
     ShardedStep,
+    ShardGroup,
     StepResult,
     hold_states,
     is_in_backward,
@@ -89,17 +92,17 @@ class Engine(nn.Module):
         self.parking = Parking(parts.shelf.link)
         self._timers = PhaseTimers(is_on=parts.config.wall_clock_breakdown)
         self._progress = Progress(parts.config.steps_per_print, parts.monitor, self._timers)
-        self._reducer = GradientReducer(
-            parts.groups, should_reduce=self._reduces_now, is_boundary=self.is_gradient_accumulation_boundary
-        )
+        self._reducer = GradientReducer(parts.groups, self._occasion)
         self._stepper: ShardedStep | None = None
         if parts.binding is not None:
             self._stepper = ShardedStep(parts.binding, parts.groups, self._reducer, parts.stepping, parts.swap)
             self.optimizer = ShardedOptimizer(parts.binding.optimizer, parts.loss_scale)
-        self._handles: list[Removable] = [*watch_gradients(parts.groups, self._reducer, self._grad_factor)]
+        self._handles: list[Removable] = [*watch_gradients(parts.groups, self._reducer)]
         self._lifecycle = self._bring_weights(parts)
         hold_states(self.module, parts.groups, parts.binding, self._grad_divisor)
         self._handles.append(watch_loading(self.module, self._weights_were_loaded))
+        # parameters hold their groups: an engine that is dropped takes masters and gradients along
+        weakref.finalize(self, _let_go, self._handles, self.groups).atexit = False
         self._autocast_dtype = _autocast_dtype(parts)
 
     def _bring_weights(self, parts: Parts) -> Lifecycle | None:
@@ -202,10 +205,14 @@ class Engine(nn.Module):
         scale = self.loss_scaler.value / other.engine.loss_scaler.value
         return scale * other.engine.accumulation.steps / self.accumulation.steps if other.divides else scale
 
-    def _reduces_now(self) -> bool:
-        if not self._syncs:
-            return False
-        return self.accumulation.is_boundary or self.groups[0].policy.reduces_every_backward
+    def _occasion(self) -> Occasion:
+        is_boundary = self.accumulation.is_boundary
+        reduces = self._syncs and (is_boundary or self._reduces_every_backward)
+        return Occasion(reduces=reduces, ends_step=is_boundary, grad_factor=self._grad_factor())
+
+    @property
+    def _reduces_every_backward(self) -> bool:
+        return bool(self.groups) and self.groups[0].policy.reduces_every_backward
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         if self._autocast_dtype is None:
@@ -215,7 +222,7 @@ class Engine(nn.Module):
     @contextlib.contextmanager
     def no_sync(self) -> Iterator[None]:
         """Keep the gradients of backward calls inside on this rank; stages 0 and 1 only."""
-        if self.groups and self.groups[0].policy.reduces_every_backward:
+        if self._reduces_every_backward:
             raise RuntimeError(
                 "no_sync() at a stage that shards gradients: each backward must reduce them, there is no room to keep "
                 "them whole. Use stage 0 or 1, or drop no_sync()"
@@ -345,12 +352,7 @@ class Engine(nn.Module):
         """
         if self._lifecycle is not None:
             self._lifecycle.retire()
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
-        release_states(self.groups)
-        for group in self.groups:
-            group.retire()
+        _let_go(self._handles, self.groups)
 
     def check_integrity(self) -> None:
         """Assert what must hold between steps; for tests."""
@@ -358,6 +360,15 @@ class Engine(nn.Module):
             group.check_integrity()
         norm = self._record.grad_norm
         assert norm is None or norm >= 0 or math.isnan(norm), norm
+
+
+def _let_go(handles: list[Removable], groups: Sequence[ShardGroup]) -> None:
+    for handle in handles:
+        handle.remove()
+    handles.clear()
+    release_states(groups)
+    for group in groups:
+        group.retire()
 
 
 def _autocast_dtype(parts: Parts) -> torch.dtype | None:

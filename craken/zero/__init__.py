@@ -53,7 +53,7 @@ from craken.zero.on_device import OnDevice
 from craken.zero.optimizer import ShardedStep, Stepping, StepResult
 from craken.zero.placement import HostShare, Place, Placement
 from craken.zero.policy import Keep, Policy, policy_for_stage
-from craken.zero.reducer import GradientReducer
+from craken.zero.reducer import GradientReducer, Occasion
 from craken.zero.residence import Ceilings, Residence
 from craken.zero.room import mapped_bytes
 from craken.zero.rules import GroupRules, Replication, Sources, Wire
@@ -80,6 +80,7 @@ __all__ = [
     "Lifecycle",
     "Link",
     "LiveBudget",
+    "Occasion",
     "OnDevice",
     "ParameterOffload",
     "Place",

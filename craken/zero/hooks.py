@@ -22,40 +22,32 @@ from craken.zero.units import Unit
 _watched: WeakIdKeyDictionary = WeakIdKeyDictionary()  # parameter -> the handle of the hook that takes its gradients
 
 
-def watch_gradients(
-    groups: Sequence[ShardGroup], reducer: GradientReducer, grad_factor: Callable[[], float]
-) -> list[RemovableHandle]:
+def watch_gradients(groups: Sequence[ShardGroup], reducer: GradientReducer) -> list[RemovableHandle]:
     """Have every gradient taken by its group as autograd finishes it; return the handles that undo this.
 
-    `grad_factor`, a method that is held weakly, is asked once a gradient: what it is multiplied by on its way in. A
-    parameter that another engine watched is taken over: its gradients can only go to one place.
+    A parameter that another engine watched is taken over: its gradients can only go to one place.
     """
-    factor = WeakMethod(grad_factor)
     handles = []
     for index, group in enumerate(groups):
         for slot, param in enumerate(group.params):
             if param in _watched:
                 _watched[param].remove()
             handle = param.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
-                _taker(reducer, group, index, slot, factor)
+                _taker(reducer, group, index, slot)
             )
             _watched[param] = handle
             handles.append(handle)
     return handles
 
 
-def _taker(
-    reducer: GradientReducer, group: ShardGroup, index: int, slot: int, grad_factor: WeakMethod[Callable[[], float]]
-) -> Callable[[Tensor], None]:
+def _taker(reducer: GradientReducer, group: ShardGroup, index: int, slot: int) -> Callable[[Tensor], None]:
     def take(param: Tensor) -> None:
-        factor = grad_factor()
-        if factor is None:  # the engine is gone: the parameter is the user's again
-            return
-        reducer.begin_backward()
+        if not reducer.is_running and not reducer.begin_backward():
+            return  # the engine is gone: the parameter is the user's again
         grad = param.grad
         if grad is None:  # a custom Function returned None for this parameter
             return
-        group.gradients.accumulate(slot, grad.detach() if grad.requires_grad else grad, factor())
+        group.gradients.accumulate(slot, grad.detach() if grad.requires_grad else grad, reducer.grad_factor)
         param.grad = None
         reducer.gradient_came(index, slot)
 

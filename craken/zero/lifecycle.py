@@ -71,7 +71,7 @@ class Lifecycle:
     def retire(self) -> None:
         """Take the hooks off the model for good. Weights stay as they are."""
         self.remove_hooks()
-        self._reducer = GradientReducer([], should_reduce=bool, is_boundary=bool)  # lets go of the engine
+        self._reducer = GradientReducer([])  # lets go of what is held to train
 
     # --- forward ------------------------------------------------------------------------------------------------------
 

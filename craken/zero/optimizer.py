@@ -14,6 +14,7 @@ import contextlib
 import itertools
 import math
 import sys
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -121,7 +122,7 @@ class ShardedStep:
         ballot: list[float] = [squares / wire.num_replicas, *self._reducer.pending_groups()]
         for group in self.groups:
             ballot += group.gradients.touched
-        votes = torch.tensor(ballot, dtype=torch.float64)
+        votes = torch.frombuffer(array("d", ballot), dtype=torch.float64)
         counted = all_reduce_sum(votes, wire.everyone, label="norm and votes").tolist()
         touched, at = [], 1 + num_groups
         for group in self.groups:

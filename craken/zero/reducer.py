@@ -31,7 +31,9 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Protocol
+from weakref import WeakMethod
 
 import torch
 
@@ -39,6 +41,22 @@ from craken.comm import broadcast_object, phase
 from craken.zero.group import ShardGroup
 
 _MAX_IN_FLIGHT = 2  # groups; more would only hold scratch memory
+
+
+@dataclass(frozen=True)
+class Occasion:
+    """What holds for all of one backward.
+
+    reduces: its gradients leave the rank. ends_step: it is in the last micro-batch of a step; replicas then add up
+    their sums. grad_factor: what its gradients are multiplied by on their way in.
+    """
+
+    reduces: bool
+    ends_step: bool
+    grad_factor: float
+
+
+_NO_OCCASION = Occasion(reduces=False, ends_step=False, grad_factor=1.0)
 
 
 class BackwardObserver(Protocol):
@@ -57,17 +75,12 @@ class BackwardObserver(Protocol):
 class GradientReducer:
     """Watches gradients arrive and reduces groups in the agreed order."""
 
-    def __init__(
-        self, groups: Sequence[ShardGroup], *, should_reduce: Callable[[], bool], is_boundary: Callable[[], bool]
-    ) -> None:
-        """`should_reduce` says at the start of a backward whether this one's gradients leave the rank.
-
-        `is_boundary` says whether it is in the last micro-batch of a step: replicas then add up their sums.
-        """
+    def __init__(self, groups: Sequence[ShardGroup], occasion: Callable[[], Occasion] | None = None) -> None:
+        """`occasion`, a method that is held weakly, is asked at the start of each backward."""
         self._groups = list(groups)
         self._index = {id(group): index for index, group in enumerate(groups)}
         self.observer: BackwardObserver | None = None
-        self._should_reduce, self._is_boundary = should_reduce, is_boundary
+        self._ask = WeakMethod(occasion) if occasion is not None else None
         frees_some = any(group.weights is not None for group in groups)
         self._goes_last = [frees_some and group.weights is None for group in groups]
         self._order = sorted(range(len(groups)), key=lambda index: (self._goes_last[index], -index))
@@ -82,7 +95,7 @@ class GradientReducer:
         self._gathering: deque[ShardGroup] = deque()
         self.is_running = False
         self._ends_by_itself = False
-        self._reduces_now = self._ends_step = False
+        self._occasion = _NO_OCCASION
         self.num_backwards = 0
 
     # --- one backward -------------------------------------------------------------------------------------------------
@@ -93,17 +106,27 @@ class GradientReducer:
             self._ends_by_itself = True
             torch.autograd.Variable._execution_engine.queue_callback(self.finish_backward)
 
-    def begin_backward(self) -> None:
-        """Note that a gradient came; the backward it came in will be finished when it ends."""
-        if not self.is_running:
-            self.expect_backward()
-            self._begin()
+    def begin_backward(self) -> bool:
+        """Note that the first gradient of a backward came; the backward will be finished when it ends.
+
+        Return False if nobody trains with these groups any more.
+        """
+        occasion = self._next_occasion()
+        if occasion is None:
+            return False
+        self.expect_backward()
+        self._begin(occasion)
+        return True
+
+    def _next_occasion(self) -> Occasion | None:
+        ask = self._ask() if self._ask is not None else None
+        return ask() if ask is not None else None
 
     @contextmanager
     def backward(self) -> Iterator[None]:
         """Collective when gradients leave in it: one whole backward, whether or not gradients come on this rank."""
         self._ends_by_itself = True
-        self._begin()
+        self._begin(self._next_occasion() or _NO_OCCASION)
         try:
             yield
         except BaseException:
@@ -111,9 +134,9 @@ class GradientReducer:
             raise
         self.finish_backward()
 
-    def _begin(self) -> None:
+    def _begin(self, occasion: Occasion) -> None:
         self.is_running = True
-        self._reduces_now, self._ends_step = self._should_reduce(), self._is_boundary()
+        self._occasion = occasion
         self._next = 0
         self._became_ready = []
         self._is_ready = [False] * len(self._groups)
@@ -121,6 +144,11 @@ class GradientReducer:
         for index, group in enumerate(self._groups):
             self._missing[index] = len(group.params)
             self._seen[index] = [False] * len(group.params)
+
+    @property
+    def grad_factor(self) -> float:
+        """What gradients of the backward that runs are multiplied by on their way in."""
+        return self._occasion.grad_factor
 
     def gradient_came(self, index: int, slot: int) -> None:
         """Note that group `index` has taken the gradient of its parameter `slot`; may send groups off."""
@@ -173,7 +201,7 @@ class GradientReducer:
         return self._ends_by_itself
 
     def _send_ready_groups(self) -> None:
-        if not self._reduces_now:
+        if not self._occasion.reduces:
             return
         while self._next < len(self._order) and self._is_ready[self._order[self._next]]:
             self._send(self._groups[self._order[self._next]])
@@ -190,7 +218,7 @@ class GradientReducer:
         group = self._in_flight.popleft()
         with phase("zero::wait_reduce", group.label):
             group.gradients.finish_sum()
-        if self._ends_step and group.gradients.awaits_replicas:
+        if self._occasion.ends_step and group.gradients.awaits_replicas:
             self._start_over_replicas(group)
         elif group.gradients.is_reducing:
             self._gathering.append(group)
@@ -208,7 +236,7 @@ class GradientReducer:
         if self.is_running:
             self.is_running = False
             self.num_backwards += 1
-            if self._reduces_now:
+            if self._occasion.reduces:
                 for index in self._order[self._next :]:
                     self._send(self._groups[index])
                 self._next = len(self._order)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -141,7 +144,28 @@ def test_groups_keep_rates_and_decay_of_their_own(run_ranks, stage) -> None:
     run_ranks(rates_by_group, 2, stage)
 
 
-# ---- ways to call backward ----
+# ---- more engines than one ----
+
+
+def dropped(stage: int) -> None:
+    pair = Pair(stage)
+    pair.step_both(0)
+    model, engine = pair.model, weakref.ref(pair.engine)
+    states = [weakref.ref(of_param["exp_avg"]) for of_param in pair.engine.optimizer.state.values()]
+    gradients = weakref.ref(pair.engine.groups[0].gradients)
+    del pair
+    gc.collect()
+    assert engine() is None, "the hooks of its parameters keep an engine alive"
+    assert not any(state() is not None for state in states)
+    if stage < 3:  # the weights are whole, and nothing of ours is needed
+        assert gradients() is None
+    error(model(inputs(0, 0))).backward()
+    assert all(param.grad is not None for param in model.parameters())
+
+
+@stages
+def test_an_engine_that_is_dropped_lets_go_of_its_states_and_gradients_are_the_users(run_ranks, stage) -> None:
+    run_ranks(dropped, 2, stage)
 
 
 def two_engines(stage: int) -> None:
@@ -166,6 +190,9 @@ def two_engines(stage: int) -> None:
 @stages
 def test_two_engines_in_one_process_do_not_disturb_each_other(run_ranks, stage) -> None:
     run_ranks(two_engines, 2, stage)
+
+
+# ---- ways to call backward ----
 
 
 def retained_graph(stage: int) -> None:
