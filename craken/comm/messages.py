@@ -62,9 +62,9 @@ def exchange(outgoing: Tensor, inbox: Mapping[int, Tensor], axis: MeshAxis, what
     assert group is not None, "an axis of several ranks has a group"
     calls = _calls.get(group) or _calls.setdefault(group, itertools.count())
     tag = CONTROL * CALLS_A_TRANSPORT + next(calls) % CALLS_A_TRANSPORT
-    sends = [(peer, outgoing) for peer in inbox]
+    sends = [outgoing] * len(inbox)
     try:
-        Exchange(Call(what, tag, axis), sends=sends, receives=inbox.items()).wait()
+        Exchange(Call(what, tag, axis), list(inbox), sends=sends, receives=list(inbox.values())).wait()
     except RanksDisagreeError:
         raise
     except RuntimeError as error:

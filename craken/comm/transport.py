@@ -134,11 +134,7 @@ class PointToPoint:
         """Start one message to and one from every peer, given in the order of `_peers`."""
         tag = self._first_tag + (self._calls % _CALLS) * _LABELS + _number_of(what)
         self._calls += 1
-        return Exchange(
-            Call(what, tag, self._axis),
-            sends=zip(self._peers, sends, strict=True),
-            receives=zip(self._peers, receives, strict=True),
-        )
+        return Exchange(Call(what, tag, self._axis), self._peers, sends=sends, receives=receives)
 
 
 class Native:
@@ -252,8 +248,10 @@ def add_up(own: Tensor, received: Sequence[Tensor], out: Tensor, *, add: bool) -
     elif not received:
         if out.data_ptr() != own.data_ptr():
             out.copy_(own)
-    elif len(received) == 1 and own.dtype == received[0].dtype == out.dtype:
+    elif own.dtype == received[0].dtype == out.dtype and (out.dtype.itemsize >= 4 or len(received) == 1):
         torch.add(own, received[0], out=out)
+        for term in received[1:]:
+            out.add_(term)
     else:
         total = own.float() if out.dtype.itemsize < 4 else out.copy_(own)
         for term in received:

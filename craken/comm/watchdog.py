@@ -17,7 +17,7 @@ import contextlib
 import json
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -43,9 +43,8 @@ class Call(NamedTuple):
 
 
 class Message(NamedTuple):
-    """A message under way, to or from a peer on its call's axis."""
+    """A message to or from a peer on its call's axis."""
 
-    work: Any
     tensor: Tensor
     peer: int
     is_sent: bool
@@ -55,15 +54,20 @@ class Exchange:
     """A call's messages, under way."""
 
     def __init__(
-        self, call: Call, *, sends: Iterable[tuple[int, Tensor]], receives: Iterable[tuple[int, Tensor]]
+        self, call: Call, peers: Sequence[int], *, sends: Sequence[Tensor], receives: Sequence[Tensor]
     ) -> None:
-        """Start the messages, given as (peer on the axis, tensor)."""
+        """Start a message to and one from each of the peers, ranks of the axis, in their order."""
         group, tag = call.axis.group, call.tag
         assert group is not None, "an axis of several ranks has a group"
-        self.call = call
+        self.call, self._peers, self._tensors = call, peers, (*receives, *sends)
         # the group's own calls: isend and irecv check what holds here by construction, at 7 us a message
-        self.messages = [Message(group.recv([t], peer, tag), t, peer, False) for peer, t in receives]
-        self.messages += [Message(group.send([t], peer, tag), t, peer, True) for peer, t in sends]
+        self.works: list[Any] = [group.recv([t], peer, tag) for t, peer in zip(receives, peers, strict=True)]
+        self.works += [group.send([t], peer, tag) for t, peer in zip(sends, peers, strict=True)]
+
+    def message(self, at: int) -> Message:
+        """Return the message that `works[at]` carries."""
+        is_sent = at >= len(self._peers)
+        return Message(self._tensors[at], self._peers[at % len(self._peers)], is_sent)
 
     def wait(self) -> None:
         """Return when all messages have gone or come; RanksDisagreeError if one never will."""
@@ -73,8 +77,8 @@ class Exchange:
 class _Wait(NamedTuple):
     """What this rank waits for, since when, and the how manieth wait it is."""
 
-    call: Call
-    message: Message
+    exchange: Exchange
+    at: int
     since: float
     number: int
 
@@ -140,10 +144,10 @@ class _Watchdog:
         if self._verdict is not None:
             raise RanksDisagreeError(self._verdict)
         try:
-            for message in exchange.messages:
+            for at, work in enumerate(exchange.works):
                 self._number, since = self._number + 1, time.monotonic()
-                self._waiting = _Wait(exchange.call, message, since, self._number)
-                message.work.wait()
+                self._waiting = _Wait(exchange, at, since, self._number)
+                work.wait()
                 if self._verdict is not None or time.monotonic() - since >= PATIENCE_S:
                     self._raise_verdict(None)
         except RanksDisagreeError:
@@ -242,7 +246,8 @@ def _store() -> Any:
 
 
 def _told(wait: _Wait, beat: int) -> Waiting:
-    call, message, axis, group = wait.call, wait.message, wait.call.axis, wait.call.axis.group
+    call, message = wait.exchange.call, wait.exchange.message(wait.at)
+    axis, group = call.axis, call.axis.group
     assert group is not None
     return Waiting(
         what=call.what,
