@@ -160,6 +160,8 @@ class Engine(nn.Module):
         self.parking.check_empty("backward()")
         steps = self.accumulation.steps
         divided = loss / steps if scale_wrt_gas and steps > 1 else loss
+        if self._lifecycle is not None and self.device.type == "cpu":
+            return_freed_memory()  # weights are freed to make room: not for holes in the heap, at a step's peak
         Engine._running.append(_Running(self, scale_wrt_gas))
         try:
             with self._timers.phase("backward"), phase("engine::backward"), self._reducer.backward():
