@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from types import TracebackType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -58,9 +58,11 @@ class GatheredParameters:
         fwd_module: nn.Module | None = None,
         enabled: bool = True,
     ) -> None:
-        listed = [params] if params is None or isinstance(params, Tensor) else list(params)
+        listed = _listed(params)
         found = {asked.place.number: asked for asked in _known(listed)}
         self._asked = [found[number] for number in sorted(found)] if enabled else []
+        if self._asked and modifier_rank is not None:
+            _check_rank(modifier_rank, self._asked[0].place.axis.size)
         self._modifier, self._reader = modifier_rank, fwd_module
         self._mine: list[_Asked] = []
         self._before: list[_Before] = []
@@ -133,11 +135,30 @@ def _residences(mine: Sequence[_Asked]) -> list[tuple[Residence, ShardGroup]]:
     return list(places.values())
 
 
+def _listed(params: Any) -> list[Any]:
+    """Return what was asked for as a list; TypeError if it is modules or names, which would gather nothing."""
+    if params is None or isinstance(params, Tensor):
+        return [params]
+    listed = [params] if isinstance(params, nn.Module) else list(params)
+    wrong = next((entry for entry in listed if isinstance(entry, (nn.Module, tuple, str))), None)
+    if wrong is not None:
+        raise TypeError(
+            f"GatheredParameters: expected parameters, got a {type(wrong).__name__}; pass model.parameters(), or the "
+            "second of each pair of model.named_parameters()"
+        )
+    return listed
+
+
+def _check_rank(modifier_rank: int, num_ranks: int) -> None:
+    if not 0 <= modifier_rank < num_ranks:
+        raise ValueError(
+            f"GatheredParameters: modifier_rank is {modifier_rank}, expected a rank from 0 to {num_ranks - 1}"
+        )
+
+
 def _publish(mine: Sequence[_Asked], source: int) -> None:
     """Collective: make rank `source`'s values of whole parameters everybody's, shards and masters included."""
     axis = mine[0].place.axis
-    if not 0 <= source < axis.size:
-        raise ValueError(f"GatheredParameters: modifier_rank is {source}, expected a rank from 0 to {axis.size - 1}")
     wrong = [
         f"{tuple(param.shape)} in place of {tuple(param.ds_shape)}"  # type: ignore[attr-defined]
         for param, _ in mine

@@ -158,8 +158,11 @@ def wrong_use() -> None:
         first.data = torch.ones(2, 2)
     with pytest.raises(ValueError, match=r"\(2, 2\) in place of \(5, 6\)"):
         block.__exit__(None, None, None)
-    with pytest.raises(ValueError, match="rank from 0 to 1"), GatheredParameters(first, modifier_rank=2):
-        pass
+    with pytest.raises(ValueError, match="rank from 0 to 1"):  # before anything is gathered
+        GatheredParameters(first, modifier_rank=2)
+    for mistaken in (model, [model[0]], model.named_parameters(), "weight"):
+        with pytest.raises(TypeError, match=r"pass model\.parameters\(\)"):
+            GatheredParameters(mistaken)
     outer, inner = GatheredParameters([first, last]), GatheredParameters(first)
     outer.__enter__()
     inner.__enter__()
