@@ -17,11 +17,12 @@ from craken.config.validate import validate
 from craken.log import warn_once
 
 
-def load_config(source: str | os.PathLike[str] | Mapping[str, Any] | Config) -> Config:
+def load_config(source: str | os.PathLike[str] | Mapping[str, Any] | Config, *, warns: bool = True) -> Config:
     """Return the checked configuration that `source` is or leads to.
 
     `source`: a dict (kept as it is, see `Config.raw`), a path to a JSON file, a base64-encoded JSON text, or a Config,
-    which is returned unchanged. ValueError with one line a problem, all problems at once.
+    which is returned unchanged. `warns`: tell of keys without effect, as whoever trains does. ValueError with one line
+    a problem, all problems at once.
     """
     if isinstance(source, Config):
         return source
@@ -32,7 +33,7 @@ def load_config(source: str | os.PathLike[str] | Mapping[str, Any] | Config) -> 
     check(config, findings)
     if findings.problems:
         raise report(findings.problems, origin)
-    for notice in [*findings.notices, *notices(config, known)]:
+    for notice in [*findings.notices, *notices(config, known)] if warns else ():
         warn_once(f"configuration: {notice}")
     config._raw = data
     return config

@@ -95,7 +95,7 @@ def check_config(arguments: Sequence[str]) -> None:
     from craken.config import load_config
 
     try:
-        load_config(path)
+        load_config(path, warns=False)  # rank 0 will
     except (OSError, TypeError) as error:
         raise ValueError(f"--deepspeed_config {path}: {error}") from error
 

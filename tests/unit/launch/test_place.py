@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from craken.config import load_config
 from craken.launch import place
 from craken.launch.arguments import parse
-from craken.launch.place import Place, choose_place, config_path
+from craken.launch.place import Place, check_config, choose_place, config_path
 from craken.launch.remote import encode_slots
 
 
@@ -102,3 +103,19 @@ def test_the_scripts_config_is_found_in_both_spellings() -> None:
     assert config_path(["--lr", "1", "--deepspeed_config", "a.json"]) == "a.json"
     assert config_path(["--deepspeed_config=b.json", "x"]) == "b.json"
     assert config_path(["--deepspeed", "--deepspeed_config"]) is None
+
+
+def test_the_launcher_refuses_a_wrong_config_and_leaves_what_has_no_effect_for_rank_0_to_say(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr("craken.config.load.warn_once", said.append)
+    path = tmp_path / "ds.json"
+    path.write_text('{"train_batch_size": 1, "zero_optimization": {"legacy_stage1": true}}')
+    check_config([f"--deepspeed_config={path}"])
+    assert said == []
+    load_config(path)
+    assert len(said) == 1
+    path.write_text('{"zero_optimization": {"stagee": 1}}')
+    with pytest.raises(ValueError, match="zero_optimization.stagee"):
+        check_config([f"--deepspeed_config={path}"])
