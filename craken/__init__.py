@@ -9,6 +9,7 @@ from craken.version import __version__
 
 if TYPE_CHECKING:
     from craken.api import add_config_arguments as add_config_arguments
+    from craken.api import check_config as check_config
     from craken.api import initialize as initialize
     from craken.comm import init_distributed as init_distributed
     from craken.engine import DeepSpeedEngine as DeepSpeedEngine
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 _PUBLIC = {
     "initialize": "craken.api",
     "add_config_arguments": "craken.api",
+    "check_config": "craken.api",
     "init_distributed": "craken.comm",
     "Engine": "craken.engine",
     "GatheredParameters": "craken.zero",
@@ -41,6 +43,7 @@ __all__ = [
     "OnDevice",
     "__version__",
     "add_config_arguments",
+    "check_config",
     "init_distributed",
     "initialize",
     "register_external_parameter",

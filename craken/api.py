@@ -9,13 +9,14 @@ from typing import Any
 from torch import nn
 from torch.utils.data import Dataset
 
-from craken.comm import get_accelerator, init_distributed, world_axis
+from craken.comm import expected_world_size, get_accelerator, init_distributed, world_axis
 from craken.config import check_mesh, load_config, resolve_batch
 from craken.engine import (
     DeepSpeedEngine,
     Request,
     ResumableLoader,
     build_parts,
+    check_buildable,
     check_ranks_agree,
     check_supported,
     find_config,
@@ -57,15 +58,29 @@ def initialize(
         raise ValueError("initialize() needs model=: expected a torch.nn.Module, got None")
     request = Request(model, optimizer, model_parameters, training_data, lr_scheduler, collate_fn)
     accelerator = get_accelerator()
+    check_supported(parsed, accelerator, mpu=mpu, mesh_param=mesh_param)
+    check_config(
+        parsed, expected_world_size(), has_optimizer=optimizer is not None, has_scheduler=lr_scheduler is not None
+    )
+    # here ranks meet for the first time: what is wrong on all of them has been said
     init_distributed(distributed_port=distributed_port, dist_init_required=dist_init_required)
     axis = world_axis("dp")
     check_ranks_agree(parsed.raw, model, axis)  # before any check that could fail on some ranks only
-    check_supported(parsed, accelerator, mpu=mpu, mesh_param=mesh_param)
-    resolve_batch(parsed, axis.size)
-    check_mesh(parsed.zero_optimization, axis.size)
     with paused():  # a zero.Init that is open is about the user's modules
         engine = DeepSpeedEngine(build_parts(request, parsed, axis, accelerator))
     return engine, engine.optimizer, engine.training_dataloader, engine.lr_scheduler
+
+
+def check_config(config: Any, num_ranks: int, *, has_optimizer: bool = False, has_scheduler: bool = False) -> None:
+    """Raise what `initialize` would raise for a config on each of `num_ranks` ranks, without ranks or a model.
+
+    has_optimizer, has_scheduler: whether one is handed to `initialize` in place of the config's. ValueError or
+    NotImplementedError naming the key.
+    """
+    parsed = load_config(config)
+    resolve_batch(parsed, num_ranks)
+    check_mesh(parsed.zero_optimization, num_ranks)
+    check_buildable(parsed, has_optimizer=has_optimizer, has_scheduler=has_scheduler)
 
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:

@@ -72,13 +72,13 @@ def _io(words: Sequence[str]) -> int:
 def _check_config(file: str, num_ranks: int) -> int:
     from rich.console import Console
 
-    from craken.config import check_mesh, load_config, resolve_batch
+    import craken
+    from craken.config import load_config, resolve_batch
 
     try:
-        config = load_config(file)
-        batch = resolve_batch(config, num_ranks)
-        check_mesh(config.zero_optimization, num_ranks)
-    except (ValueError, OSError) as error:
+        craken.check_config(file, num_ranks)
+        batch = resolve_batch(load_config(file), num_ranks)
+    except (ValueError, OSError, NotImplementedError) as error:
         logger.error(str(error))
         return 2
     Console(highlight=False).print(

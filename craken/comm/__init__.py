@@ -15,6 +15,7 @@ from craken.comm.quantised import QuantisedGather, QuantisedReduce
 from craken.comm.tracing import phase
 from craken.comm.transport import Channel, Pending, Transport, Waitable, channel_over, start_sum, transport_for
 from craken.comm.world import (
+    expected_world_size,
     get_local_rank,
     get_local_world_size,
     get_rank,
@@ -43,6 +44,7 @@ __all__ = [
     "bytes_sent",
     "channel_over",
     "event_log",
+    "expected_world_size",
     "gather_objects",
     "get_accelerator",
     "get_local_rank",

@@ -33,6 +33,13 @@ def get_world_size(group: Any = None) -> int:
     return dist.get_world_size(group) if is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def expected_world_size() -> int:
+    """Return how many ranks the job has, or will have once they have met, as launchers and MPI say."""
+    if is_initialized():
+        return dist.get_world_size()
+    return _first_int(_env_int("WORLD_SIZE"), _mpi("SIZE")) or 1
+
+
 def get_local_rank() -> int:
     """Return this process's rank on its host, as the launcher set it."""
     return int(os.environ.get("LOCAL_RANK", "0"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from difflib import get_close_matches
+from importlib import import_module
 from typing import Any
 
 from craken.config.normalise import Findings, normalise
@@ -124,7 +125,7 @@ def _optimizer(config: Config, findings: Findings) -> None:
     if config.optimizer is None:
         return
     if config.optimizer.type.lower() not in [name.lower() for name in OPTIMIZERS]:  # their case is free
-        _near_miss("optimizer.type", config.optimizer.type, OPTIMIZERS, findings)
+        _unknown_name("optimizer.type", config.optimizer.type, OPTIMIZERS, "torch.optim", findings)
     params = config.optimizer.params
     for name in params:
         if name in OTHER_WORDS:
@@ -150,11 +151,22 @@ def _optimizer(config: Config, findings: Findings) -> None:
 def _scheduler(config: Config, findings: Findings) -> None:
     if config.scheduler is None:
         return
-    _near_miss("scheduler.type", config.scheduler.type, [*SCHEDULES, *TORCH_SCHEDULES], findings)
+    names = [*SCHEDULES, *TORCH_SCHEDULES]
+    if config.scheduler.type not in names:
+        _unknown_name("scheduler.type", config.scheduler.type, names, "torch.optim.lr_scheduler", findings)
     model = SCHEDULES.get(config.scheduler.type)
     if model:
         known = normalise(model, config.scheduler.params, "scheduler.params", findings)
         validate(model, known, "scheduler.params", findings)
+
+
+def _unknown_name(path: str, name: str, known: list[str], module: str, findings: Findings) -> None:
+    """Report a class's `name` that is neither `known` nor torch's: loads torch, which newer names may be in."""
+    before = len(findings.problems)
+    _near_miss(path, name, known, findings)
+    if len(findings.problems) == before and name.lower() not in map(str.lower, dir(import_module(module))):
+        listed = ", ".join(known[:8])
+        findings.problems.append(Problem(path, f"a known name ({listed}, ...) or one of {module}", f'"{name}"'))
 
 
 def _near_miss(path: str, name: str, known: list[str], findings: Findings) -> None:

@@ -37,3 +37,12 @@ def load_config(source: str | os.PathLike[str] | Mapping[str, Any] | Config, *, 
         warn_once(f"configuration: {notice}")
     config._raw = data
     return config
+
+
+def read_config(source: str | os.PathLike[str] | Mapping[str, Any]) -> dict[str, Any]:
+    """Return the JSON object that `source` is or leads to, checked, with older forms in today's; a copy at the top.
+
+    ValueError as for `load_config`.
+    """
+    load_config(source, warns=False)
+    return rewrite_older_forms(read_source(source).data, Findings())

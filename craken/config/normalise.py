@@ -96,6 +96,14 @@ def _twice(model: type[Section], name: str, path: str, given: Mapping[str, Any])
     return Problem(join(path, name), "one spelling of the key", f"{both}, which mean the same", f'keep "{name}"')
 
 
+# what other trainers call a key of the top level
+_HOMES = {
+    "gradient_clipping": ("max_grad_norm", "clip_grad_norm", "grad_clip", "max_norm"),
+    "train_micro_batch_size_per_gpu": ("micro_batch_size", "per_device_train_batch_size", "per_device_batch_size"),
+    "train_batch_size": ("batch_size", "global_batch_size"),
+}
+
+
 def _unknown(model: type[Section], key: Any, path: str, findings: Findings) -> None:
     if path or not isinstance(key, str):
         findings.problems.append(_unknown_in_section(model, str(key), path, findings))
@@ -104,7 +112,8 @@ def _unknown(model: type[Section], key: Any, path: str, findings: Findings) -> N
     if meant:
         findings.problems.append(Problem(key, "a known key", "an unknown one", f'did you mean "{meant}"?'))
         return
-    homes = homes_of(key) or longer_names(key, keys_of(model))
+    called = [home for home, words in _HOMES.items() if key.lower() in words]
+    homes = called or homes_of(key) or longer_names(key, keys_of(model))
     findings.notices.append(
         f'unknown top-level key "{key}" is left alone{f"; {_did_you_mean(homes)}" if homes else ""}'
     )

@@ -35,7 +35,8 @@ engine, optimizer, loader, scheduler = deepspeed.initialize(model=model, config=
 }
 ```
 
-The whole object is checked before anything starts. `craken config FILE --world-size N` does only that.
+The whole object is checked before anything starts. `craken config FILE --world-size N` and
+`craken.check_config(config, num_ranks)` do only that.
 
 - A key that is absent, `null` or `"auto"` has its default.
 - A float without fraction is a whole number: `5e8`. Numbers and flags stand without quotes.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -12,6 +13,8 @@ from craken.config import Config
 from craken.engine.request import Request
 from craken.optim import Layout, build_optimizer, build_scheduler, fuse_where_open, param_layouts
 from craken.zero import Cut
+
+NO_OPTIMIZER = "the config has a scheduler but no optimizer: add an `optimizer` section or pass one"
 
 
 def get_optimizer(request: Request, config: Config, trainable: Sequence[tuple[str, nn.Parameter]]) -> Optimizer | None:
@@ -46,8 +49,26 @@ def get_scheduler(request: Request, config: Config, optimizer: Optimizer | None)
     if config.scheduler is None:
         return None
     if optimizer is None:
-        raise ValueError("the config has a scheduler but no optimizer: add an `optimizer` section or pass one")
+        raise ValueError(NO_OPTIMIZER)
     return build_scheduler(config.scheduler.type, config.scheduler.params, optimizer)
+
+
+def check_buildable(config: Config, *, has_optimizer: bool, has_scheduler: bool) -> None:
+    """Build the config's optimizer and schedule on a stand-in for the model; ValueError if they can't be built.
+
+    has_optimizer, has_scheduler: the user hands one in, which wins over the config's. Needs no other rank: what is
+    wrong with names and values comes out before ranks meet.
+    """
+    if has_optimizer:
+        return
+    if config.optimizer is None:
+        if config.scheduler is not None and not has_scheduler:
+            raise ValueError(NO_OPTIMIZER)
+        return
+    optimizer = build_optimizer(config.optimizer.type, config.optimizer.params, [nn.Parameter(torch.zeros(2, 2))])
+    param_layouts(optimizer)
+    if config.scheduler is not None and not has_scheduler:
+        build_scheduler(config.scheduler.type, config.scheduler.params, optimizer)
 
 
 def cuts_of(optimizer: Optimizer) -> dict[int, Cut]:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
+from craken.config import read_config
 from craken.train.arguments import Options
 from craken.train.presets import ADAM_SHARE
 
@@ -16,8 +16,13 @@ QUIET = 1_000_000_000  # steps between the engine's own progress lines: the run 
 
 
 def engine_config(options: Options) -> dict[str, Any]:
-    """Return the configuration to hand to `craken.initialize`; the user's file is read, never changed."""
-    config: dict[str, Any] = json.loads(options.config.read_text("utf-8")) if options.config else {}
+    """Return the configuration to hand to `craken.initialize`; the user's file is read, never changed.
+
+    ValueError for a file that the library would refuse.
+    """
+    config = read_config(options.config) if options.config else {}
+    if "bfloat16" in config:
+        config["bf16"] = config.pop("bfloat16")
     _set_batch(config, options)
     _set_stage(config, options)
     _set_precision(config, options)
@@ -80,7 +85,7 @@ def _set_optimizer(config: dict[str, Any], options: Options) -> None:
         rates = {"muon_lr": options.lr, "adam_lr": options.lr * ADAM_SHARE}
         config["optimizer"] = {"type": "Muon", "params": {**rates, "weight_decay": 0.01, "betas": [0.9, 0.95]}}
         return
-    params = config["optimizer"].setdefault("params", {})
+    params = config["optimizer"]["params"] = dict(config["optimizer"].get("params") or {})
     if "lr" in options.given or not any(_is_set(params, key) for key in ("lr", "muon_lr", "adam_lr")):
         is_muon = str(config["optimizer"].get("type")).lower() == "muon"
         params["lr"] = options.lr if is_muon or "lr" in options.given else options.lr * ADAM_SHARE

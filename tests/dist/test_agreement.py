@@ -107,3 +107,36 @@ def weights_after_start() -> list[float]:
 
 def test_rank_0_gives_weights_and_buffers_to_all(run_ranks) -> None:
     assert run_ranks(weights_after_start, 4) == [[1.0, 1.0, 0.0, 0.0, 0.0]] * 4
+
+
+def start_alone(wrong: dict) -> str:
+    """Return what rank 1 is told, while rank 0 never comes."""
+    import craken
+
+    if dist.get_rank() == 0:
+        return ""
+    with pytest.raises(ValueError) as caught:
+        craken.initialize(model=nn.Linear(4, 2), config={**CONFIG, **wrong})
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"optimizer": {"type": "FooBar"}}, "optimizer.type: expected a known name"),
+        ({"optimizer": {"type": "LBFGS"}}, "LBFGS"),
+        ({"optimizer": {"type": "AdamW", "params": {"foobar": 1}}}, "foobar"),
+        ({"optimizer": {"type": "AdamW", "params": {"betas": [0.9, 1.5]}}}, "betas"),
+        ({"scheduler": {"type": "FooLR"}}, "scheduler.type: expected a known name"),
+        ({"scheduler": {"type": "ReduceLROnPlateau"}}, "metric"),
+        ({"scheduler": {"type": "StepLR", "params": {"step": 3}}}, "step"),
+        ({"optimizer": None, "scheduler": {"type": "WarmupLR"}}, "a scheduler but no optimizer"),
+        ({"train_micro_batch_size_per_gpu": None}, "train_batch_size"),
+        ({"train_batch_size": 7, "gradient_accumulation_steps": 2}, "2 data-parallel ranks = 4, got 7"),
+        ({"zero_optimization": {"stage": 3, "mics_shard_size": 3}}, "mics_shard_size"),
+    ],
+)
+def test_what_is_wrong_in_a_config_is_said_in_one_line_before_ranks_meet(run_ranks, wrong, message) -> None:
+    told = run_ranks(start_alone, 2, wrong)[1]
+    assert message in told
+    assert "\n" not in told

@@ -171,6 +171,16 @@ def test_a_launchers_ranks_are_used_as_they_are(place) -> None:
     assert result.stdout.count("done: 2 steps") == 1
 
 
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_the_configuration_files_that_are_shipped_train(place, number) -> None:
+    file = Path(__file__).resolve().parents[2] / "configs" / f"ds_zero{number}_config.json"
+    argv = ["--config", str(file), "--steps", "2", "--data", "text", "--output", f"file{number}", "--eval-every", "2"]
+    result = _run(place, "--model", "tiny", "--seq-len", "32", *argv)
+    assert result.returncode == 0, result.stderr
+    assert f"ZeRO stage {number}" in " ".join(result.stdout.split()) or f"ZeRO-{number}" in result.stdout
+    assert [row["step"] for row in _rows(place / f"file{number}") if "loss" in row] == [1, 2]
+
+
 MISTAKES = [
     (["--data", "nowhere"], "--data nowhere does not exist; give a folder or a file of text"),
     (["--data", "empty"], "--data empty holds no files"),
@@ -179,6 +189,9 @@ MISTAKES = [
     (["--data", "text", "--model", "nothing.json"], "no parameters"),
     (["--data", "text", "--config", "wrong.json"], "gradient_cliping"),
     (["--data", "text", "--config", "batch.json"], "train_batch_size"),
+    (["--data", "text", "--config", "precision.json"], "bf16.enabled: expected true or false"),
+    (["--data", "text", "--config", "option.json"], "optimizer.params.foobar"),
+    (["--data", "text", "--config", "compressed.json"], "use 'AdamW'"),
     (["--data", "text", "--output", "old"], "already holds a run"),
     (["--resume", "nowhere"], "no run of craken train there"),
     (["--zero", "7"], "invalid choice: 7"),
@@ -204,6 +217,9 @@ def test_a_mistake_ends_before_any_rank_starts_with_one_line_and_code_2(
     (place / "batch.json").write_text(
         json.dumps({"train_batch_size": 7, "train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 2})
     )
+    (place / "precision.json").write_text(json.dumps({"bf16": {"enabled": "true"}}))
+    (place / "option.json").write_text(json.dumps({"optimizer": {"type": "AdamW", "params": {"foobar": 1}}}))
+    (place / "compressed.json").write_text(json.dumps({"optimizer": {"type": "OneBitAdam"}}))
     try:
         code = command.main(argv)
     except SystemExit as ended:

@@ -153,6 +153,8 @@ TORCH_SCHEDULES = [
 OPTIMIZERS = [
     *("Adam", "AdamW", "Adagrad", "Lamb", "Lion", "Muon", "SGD"),
     *("OneBitAdam", "OneBitLamb", "ZeroOneAdam", "MuAdam", "MuAdamW", "MuSGD"),
+    *("FusedAdam", "CPUAdam", "DeepSpeedCPUAdam", "CPUAdagrad", "DeepSpeedCPUAdagrad", "FusedLamb"),
+    *("FusedLion", "CPULion", "DeepSpeedCPULion"),
     *("ASGD", "Adadelta", "Adafactor", "Adamax", "LBFGS", "NAdam", "RAdam", "RMSprop", "Rprop", "SparseAdam"),
 ]
 

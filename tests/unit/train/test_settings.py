@@ -46,6 +46,31 @@ def test_the_file_stands_where_flags_are_silent() -> None:
     assert "zero_optimization" not in config  # stage 0, as everywhere when a file names none
 
 
+@pytest.mark.parametrize(
+    ("file", "path"),
+    [
+        ({"bf16": True}, "bf16"),
+        ({"bf16": {"enabled": "true"}}, "bf16.enabled"),
+        ({"bf16": {"enabld": True}}, "bf16.enabld"),
+        ({"fp16": {"loss_scal": 8}}, "fp16.loss_scal"),
+        ({"optimizer": "AdamW"}, "optimizer"),
+        ({"optimizer": {"type": "AdamW", "params": [1]}}, "optimizer.params"),
+        ({"zero_optimization": 3}, "zero_optimization"),
+    ],
+)
+def test_what_the_library_would_refuse_is_refused_before_flags_cover_it(file, path) -> None:
+    with pytest.raises(ValueError, match=rf"ds.json: {path}: expected"):
+        _config(file, "--zero", "2", "--precision", "fp16")
+
+
+def test_older_forms_are_understood_under_flags() -> None:
+    config = load_config(_config({"zero_optimization": True, "bfloat16": {"enabled": True}}, "--lr", "0.5"))
+    assert config.zero_optimization.stage == 1
+    assert config.bf16.enabled
+    assert load_config(_config({"zero_optimization": True}, "--zero", "2")).zero_optimization.stage == 2
+    assert _config({"optimizer": {"type": "AdamW", "params": None}})["optimizer"]["params"]["lr"] > 0
+
+
 def test_flags_win_over_the_file() -> None:
     file = {"train_micro_batch_size_per_gpu": 5, "bf16": {"enabled": True}, "zero_optimization": {"stage": 2}}
     config = _config(file, "--micro-batch", "4", "--zero", "1", "--precision", "fp16", "--lr", "0.5")
