@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sized
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,6 +26,7 @@ from craken.engine.offload import (
 from craken.engine.optimizers import cuts_of, get_optimizer, get_scheduler, members
 from craken.engine.request import Request
 from craken.engine.wiring import wires_for
+from craken.log import warn_once
 from craken.optim import can_step_in_chunks, takes_grad_scale, unfuse_where_missing
 from craken.precision import DynamicLossScale, LossScale, Precision, StaticLossScale, dtype_from_name
 from craken.zero import (
@@ -255,10 +257,17 @@ def _budget(config: Config, wire: Wire) -> Budget:
 def _loader(request: Request, config: Config, batch: BatchSizes, axis: MeshAxis) -> ResumableLoader[Any] | None:
     if request.training_data is None:
         return None
-    return ResumableLoader(
+    loader: ResumableLoader[Any] = ResumableLoader(
         request.training_data,
         batch.micro_batch_size,
         axis,
         collate_fn=request.collate_fn,
         drop_last=config.dataloader_drop_last,
     )
+    if isinstance(request.training_data, Sized) and len(loader) < batch.accumulation_steps:
+        warn_once(
+            f"training_data has {len(request.training_data)} samples, less than a train_batch_size of "
+            f"{batch.train_batch_size}: a pass over it ends before the first optimizer step. Give more data, lower "
+            "gradient_accumulation_steps, or go over it again (RepeatingLoader)"
+        )
+    return loader

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any, Generic, TypeVar
 
@@ -40,6 +41,24 @@ class ShardedSampler(Sampler[int]):
         yield from order[self._axis.rank :: self._axis.size][self.skip :].tolist()
 
 
+class EveryNth(IterableDataset[Any]):
+    """Every `axis.size`-th sample of an iterable data set, from this rank's on; what is left of a round is dropped.
+
+    Each rank reads all of it: a data set that shards itself by rank should be given to a dataloader of the user's own.
+    """
+
+    def __init__(self, dataset: IterableDataset[Any], axis: MeshAxis) -> None:
+        self._dataset, self._axis = dataset, axis
+
+    def __iter__(self) -> Iterator[Any]:
+        samples = iter(self._dataset)
+        while len(one_each := list(itertools.islice(samples, self._axis.size))) == self._axis.size:
+            yield one_each[self._axis.rank]
+
+    def __len__(self) -> int:
+        return len(self._dataset) // self._axis.size  # type: ignore[arg-type]
+
+
 class ResumableLoader(Generic[T]):
     """A DataLoader over this rank's samples that knows where it is; `len` counts this rank's batches an epoch.
 
@@ -56,7 +75,11 @@ class ResumableLoader(Generic[T]):
         drop_last: bool = False,
     ) -> None:
         self.dataset, self.batch_size = dataset, batch_size
-        self._sampler = None if isinstance(dataset, IterableDataset) else _sampler_for(dataset, batch_size, axis)
+        self._sampler = None
+        if not isinstance(dataset, IterableDataset):
+            self._sampler = _sampler_for(dataset, batch_size, axis)
+        elif axis.size > 1:
+            dataset = EveryNth(dataset, axis)
         self._loader: DataLoader[Any] = DataLoader(
             dataset,
             batch_size=batch_size,

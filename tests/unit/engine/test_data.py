@@ -79,6 +79,17 @@ def test_an_iterable_data_set_is_read_up_to_the_place():
     assert [batch.tolist() for batch in resumed] == [[4, 5], [6, 7], [8, 9]]
 
 
+@pytest.mark.parametrize("num_ranks", [2, 3, 4])
+def test_ranks_share_an_iterable_data_set_evenly(num_ranks):
+    each = [
+        [sample for batch in ResumableLoader(Counting(), 1, axis(rank, num_ranks)) for sample in batch.tolist()]
+        for rank in range(num_ranks)
+    ]
+    rounds = 10 // num_ranks
+    assert {len(samples) for samples in each} == {rounds}
+    assert sorted(sample for samples in each for sample in samples) == list(range(rounds * num_ranks))
+
+
 def test_repeating_loader_starts_again_and_refuses_nothing():
     repeating = RepeatingLoader([1, 2])
     assert [next(repeating) for _ in range(5)] == [1, 2, 1, 2, 1]
