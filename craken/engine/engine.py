@@ -30,6 +30,7 @@ from craken.log import warn_once
 from craken.precision import dtype_from_name
 from craken.zero import (
     GradientReducer,
+    GrowthTrimmer,
     Lifecycle,
     Occasion,
     ParameterOffload,
@@ -88,6 +89,7 @@ class Engine(nn.Module):
         self.accumulation = Accumulation(parts.stride.batch.accumulation_steps)
         self.global_steps = self.skipped_steps = 0
         self._record = _Record()
+        self._trimmer = GrowthTrimmer()
         self._syncs = True
         self.parking = Parking(parts.shelf.link)
         self._timers = PhaseTimers(is_on=parts.config.wall_clock_breakdown)
@@ -161,7 +163,7 @@ class Engine(nn.Module):
         steps = self.accumulation.steps
         divided = loss / steps if scale_wrt_gas and steps > 1 else loss
         if self._lifecycle is not None and self.device.type == "cpu":
-            return_freed_memory()  # weights are freed to make room: not for holes in the heap, at a step's peak
+            self._trimmer.look()  # a step's peak is near, and weights were not freed to make room for holes
         Engine._running.append(_Running(self, scale_wrt_gas))
         try:
             with self._timers.phase("backward"), phase("engine::backward"), self._reducer.backward():
@@ -210,7 +212,7 @@ class Engine(nn.Module):
     def _occasion(self) -> Occasion:
         is_boundary = self.accumulation.is_boundary
         reduces = self._syncs and (is_boundary or self._reduces_every_backward)
-        return Occasion(reduces=reduces, ends_step=is_boundary, grad_factor=self._grad_factor())
+        return Occasion(reduces=reduces, ends_step=is_boundary, grad_factor=self._grad_factor)
 
     @property
     def _reduces_every_backward(self) -> bool:
@@ -252,9 +254,10 @@ class Engine(nn.Module):
         self._reducer.abandon_backward()
         if self._reducer.num_backwards == self._record.num_backwards:
             raise RuntimeError(
-                "step() before backward(): no gradient has come since the last step; call engine.backward(loss) first"
+                "step() before backward(): no gradient has come since the last one; call engine.backward(loss) first "
+                "(after a backward that raised: run the forward again)"
             )
-        self._record.was_applied = False
+        self._record.num_backwards, self._record.was_applied = self._reducer.num_backwards, False
         is_boundary = self.accumulation.is_boundary
         self.accumulation.advance()
         if not is_boundary:
@@ -281,7 +284,6 @@ class Engine(nn.Module):
     def _after_step(self, result: StepResult, lr_kwargs: dict[str, Any] | None) -> None:
         record = self._record
         record.grad_norm, record.was_applied, record.was_scaled = result.grad_norm, result.was_applied, False
-        record.num_backwards = self._reducer.num_backwards
         self.global_steps += 1
         scale_before = self.loss_scaler.value
         self.loss_scaler.update(has_overflow=not result.is_finite)
@@ -352,6 +354,7 @@ class Engine(nn.Module):
         Weights that are kept as shards stay so: read them inside of `GatheredParameters`. Masters, optimizer states and
         their files go.
         """
+        self._reducer.abandon_backward()
         if self._lifecycle is not None:
             self._lifecycle.retire()
         _let_go(self._handles, self.groups)

@@ -31,7 +31,7 @@ from craken.zero.full_access import (
 )
 from craken.zero.group import ShardGroup
 from craken.zero.grouping import CPU_GROUP_BYTES, CUDA_GROUP_BYTES, Budget
-from craken.zero.heap import keep_freed_memory, return_freed_memory, returning_freed_memory
+from craken.zero.heap import GrowthTrimmer, keep_freed_memory, return_freed_memory, returning_freed_memory
 from craken.zero.hooks import watch_gradients, watch_loading, watch_outputs, watch_reads, watch_units
 from craken.zero.layout import Cut
 from craken.zero.leaves import (
@@ -73,6 +73,7 @@ __all__ = [
     "GatheredParameters",
     "GradientReducer",
     "GroupRules",
+    "GrowthTrimmer",
     "HostShare",
     "Init",
     "Keep",

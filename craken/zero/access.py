@@ -58,9 +58,9 @@ class GatheredParameters:
         fwd_module: nn.Module | None = None,
         enabled: bool = True,
     ) -> None:
-        listed = _listed(params)
+        listed = _listed(params) if enabled else []
         found = {asked.place.number: asked for asked in _known(listed)}
-        self._asked = [found[number] for number in sorted(found)] if enabled else []
+        self._asked = [found[number] for number in sorted(found)]
         if self._asked and modifier_rank is not None:
             _check_rank(modifier_rank, self._asked[0].place.axis.size)
         self._modifier, self._reader = modifier_rank, fwd_module
@@ -136,16 +136,17 @@ def _residences(mine: Sequence[_Asked]) -> list[tuple[Residence, ShardGroup]]:
 
 
 def _listed(params: Any) -> list[Any]:
-    """Return what was asked for as a list; TypeError if it is modules or names, which would gather nothing."""
+    """Return what was asked for as a list; TypeError for modules or names alone, which would gather nothing."""
     if params is None or isinstance(params, Tensor):
         return [params]
-    listed = [params] if isinstance(params, nn.Module) else list(params)
-    wrong = next((entry for entry in listed if isinstance(entry, (nn.Module, tuple, str))), None)
-    if wrong is not None:
-        raise TypeError(
-            f"GatheredParameters: expected parameters, got a {type(wrong).__name__}; pass model.parameters(), or the "
-            "second of each pair of model.named_parameters()"
-        )
+    listed = list(params) if isinstance(params, Iterable) else [params]
+    if not any(isinstance(entry, Tensor) for entry in listed):
+        wrong = next((entry for entry in listed if isinstance(entry, (nn.Module, tuple, str))), None)
+        if wrong is not None:
+            raise TypeError(
+                f"GatheredParameters: expected parameters, got a {type(wrong).__name__}; pass model.parameters(), or "
+                "the second of each pair of model.named_parameters()"
+            )
     return listed
 
 

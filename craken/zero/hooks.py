@@ -47,8 +47,8 @@ def _taker(reducer: GradientReducer, group: ShardGroup, index: int, slot: int) -
         grad = param.grad
         if grad is None:  # a custom Function returned None for this parameter
             return
-        group.gradients.accumulate(slot, grad.detach() if grad.requires_grad else grad, reducer.grad_factor)
-        param.grad = None
+        param.grad = None  # even if it is refused: the next backward would add to it
+        group.gradients.accumulate(slot, grad.detach() if grad.requires_grad else grad, reducer.grad_factor())
         reducer.gradient_came(index, slot)
 
     return take

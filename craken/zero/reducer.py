@@ -48,15 +48,15 @@ class Occasion:
     """What holds for all of one backward.
 
     reduces: its gradients leave the rank. ends_step: it is in the last micro-batch of a step; replicas then add up
-    their sums. grad_factor: what its gradients are multiplied by on their way in.
+    their sums. grad_factor: asked once a gradient, what that is multiplied by on its way in.
     """
 
     reduces: bool
     ends_step: bool
-    grad_factor: float
+    grad_factor: Callable[[], float]
 
 
-_NO_OCCASION = Occasion(reduces=False, ends_step=False, grad_factor=1.0)
+_NO_OCCASION = Occasion(reduces=False, ends_step=False, grad_factor=lambda: 1.0)
 
 
 class BackwardObserver(Protocol):
@@ -76,7 +76,10 @@ class GradientReducer:
     """Watches gradients arrive and reduces groups in the agreed order."""
 
     def __init__(self, groups: Sequence[ShardGroup], occasion: Callable[[], Occasion] | None = None) -> None:
-        """`occasion`, a method that is held weakly, is asked at the start of each backward."""
+        """`occasion`, a method that is held weakly, is asked at the start of each backward.
+
+        What it answers, and who answers, is held until that backward is over.
+        """
         self._groups = list(groups)
         self._index = {id(group): index for index, group in enumerate(groups)}
         self.observer: BackwardObserver | None = None
@@ -145,10 +148,9 @@ class GradientReducer:
             self._missing[index] = len(group.params)
             self._seen[index] = [False] * len(group.params)
 
-    @property
     def grad_factor(self) -> float:
-        """What gradients of the backward that runs are multiplied by on their way in."""
-        return self._occasion.grad_factor
+        """Return what a gradient of the backward that runs is multiplied by on its way in."""
+        return self._occasion.grad_factor()
 
     def gradient_came(self, index: int, slot: int) -> None:
         """Note that group `index` has taken the gradient of its parameter `slot`; may send groups off."""
@@ -241,6 +243,7 @@ class GradientReducer:
                     self._send(self._groups[index])
                 self._next = len(self._order)
                 self._drain()
+        self._occasion = _NO_OCCASION
         if self.observer is not None:
             self.observer.backward_ended()
 
@@ -250,6 +253,7 @@ class GradientReducer:
         if self.is_running:
             self.is_running = False
             self._drain()
+        self._occasion = _NO_OCCASION
         if was_under_way and self.observer is not None:
             self.observer.backward_ended()
 

@@ -168,6 +168,29 @@ def test_an_engine_that_is_dropped_lets_go_of_its_states_and_gradients_are_the_u
     run_ranks(dropped, 2, stage)
 
 
+def dropped_in_backward(stage: int) -> None:
+    pair = Pair(stage)
+    pair.step_both(0)
+    held, engine = [pair.engine], weakref.ref(pair.engine)
+    output = pair.engine(inputs(1, pair.rank))
+    del pair
+
+    def let_go(grad: Tensor) -> None:
+        held.clear()
+        gc.collect()
+
+    output.register_hook(let_go)
+    error(output).backward()  # its sums are under way when the engine goes
+    del output
+    gc.collect()
+    assert engine() is None
+
+
+@stages
+def test_an_engine_that_is_dropped_in_mid_backward_stays_to_its_end(run_ranks, stage) -> None:
+    run_ranks(dropped_in_backward, 2, stage)
+
+
 def two_engines(stage: int) -> None:
     first, second = Pair(stage), Pair(stage, accumulation=2)
     first_loss = error(first.engine(inputs(0, first.rank)))
@@ -465,6 +488,27 @@ def step_without_backward(stage: int) -> None:
     pair.step_both(1)
     pair.assert_same_weights()
     pair.close()
+
+
+def step_without_backward_in_mid_accumulation(stage: int) -> None:
+    pair = Pair(stage, accumulation=2)
+    pair.engine.backward(error(pair.engine(inputs(0, pair.rank))))
+    pair.engine.step()
+    with pytest.raises(RuntimeError, match=r"step\(\) before backward\(\)"):
+        pair.engine.step()
+    pair.engine.backward(error(pair.engine(inputs(1, pair.rank))))
+    pair.engine.step()
+    assert pair.engine.global_steps == 1
+    for micro in range(2):
+        pair.twin_backward(micro, factor=0.5)
+    pair.twin_step()
+    pair.assert_same_weights()
+    pair.close()
+
+
+@stages
+def test_each_micro_batch_wants_its_backward(run_ranks, stage) -> None:
+    run_ranks(step_without_backward_in_mid_accumulation, 2, stage)
 
 
 @stages

@@ -160,6 +160,13 @@ def wrong_use() -> None:
         block.__exit__(None, None, None)
     with pytest.raises(ValueError, match="rank from 0 to 1"):  # before anything is gathered
         GatheredParameters(first, modifier_rank=2)
+    with GatheredParameters(nn.ParameterList([first])):
+        assert first.shape == (5, 6)
+    for passed_over in ({"weight", first}, [("extra", "state"), torch.ones(1)]):  # as values of a state dict
+        with GatheredParameters(passed_over):
+            pass
+    with GatheredParameters([model], enabled=False):
+        pass
     for mistaken in (model, [model[0]], model.named_parameters(), "weight"):
         with pytest.raises(TypeError, match=r"pass model\.parameters\(\)"):
             GatheredParameters(mistaken)

@@ -117,6 +117,7 @@ def test_a_bare_fp16_backward_without_the_scale_is_refused(start):
     loss = engine(torch.ones(1, 4).half()).float().sum()
     with pytest.raises(RuntimeError, match=r"expected engine.scale\(loss\).backward\(\)"):
         loss.backward()
+    assert all(param.grad is None for param in engine.parameters()), "the next backward would add to what was refused"
     engine.scale(engine(torch.ones(1, 4).half()).float().sum()).backward()
     engine.step()
     assert engine.was_step_applied()
