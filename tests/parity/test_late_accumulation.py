@@ -43,14 +43,15 @@ def train(how: str, stage: int) -> dict[str, Tensor]:
             if how != "no_sync" or is_last:
                 engine.step()
         engine.check_integrity()
-    weights = weights_of(model)
+    with craken.GatheredParameters(model.parameters()):
+        weights = weights_of(model)
     engine.destroy()
     return weights
 
 
 @pytest.mark.parametrize(
     ("how", "stage"),
-    [(how, stage) for how in ("flag", "batch size") for stage in (0, 1, 2)] + [("no_sync", 0), ("no_sync", 1)],
+    [(how, stage) for how in ("flag", "batch size") for stage in (0, 1, 2, 3)] + [("no_sync", 0), ("no_sync", 1)],
 )
 def test_it_is_the_same_to_the_bit(run_ranks, how, stage) -> None:
     expected = run_ranks(train, 2, "config", stage)
@@ -66,23 +67,24 @@ def convert_in_the_middle(stage: int) -> list[Any]:
     model = tiny_gpt(CASE.traits)
     engine, *_ = craken.initialize(model=model, model_parameters=model.parameters(), config=CASE.config(stage))
     engine.backward(engine(batch(0, 0, dist.get_rank())))
-    group = engine.groups[0]
-    first = group.gradients.own_reduced().clone()
+    first = [group.gradients.own_reduced().clone() for group in engine.groups]
     engine.set_gradient_accumulation_boundary(False)
-    kept = group.gradients.own_reduced()
-    assert kept.dtype == torch.float32
-    assert torch.equal(kept, first.float())
+    for group, before in zip(engine.groups, first, strict=True):
+        kept = group.gradients.own_reduced()
+        assert kept.dtype == torch.float32
+        assert torch.equal(kept, before.float())
     engine.backward(engine(batch(0, 1, dist.get_rank())))
     engine.set_gradient_accumulation_boundary(True)
     engine.backward(engine(batch(0, 2, dist.get_rank())))
-    assert not torch.equal(group.gradients.own_reduced(), first.float())
+    kept_and_more = [group.gradients.own_reduced() for group in engine.groups]
+    assert any(not torch.equal(now, before.float()) for now, before in zip(kept_and_more, first, strict=True))
     engine.step()
     engine.check_integrity()
     engine.destroy()
     return [float(engine.get_global_grad_norm())]
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_what_was_reduced_before_is_kept(run_ranks, stage) -> None:
     norms = run_ranks(convert_in_the_middle, 2, stage)
     reference = run_ranks(convert_in_the_middle, 2, 0)

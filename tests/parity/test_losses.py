@@ -73,6 +73,13 @@ def test_stages_0_and_1_equal_plain_pytorch_to_the_bit_at_accumulation_4(run_ran
     assert_bit_equal(run_ranks(train_stages, 2, case, [0, 1]), train_rank_by_rank(case), [0, 1])
 
 
+def test_stages_2_and_3_are_equal_to_the_bit_at_accumulation_4(run_ranks) -> None:
+    for results in run_ranks(train_stages, 2, Case(accumulation=4), [2, 3]):
+        assert results[2].losses == results[3].losses
+        for name, weight in results[2].weights.items():
+            assert torch.equal(results[3].weights[name], weight), f"{name} is not bit-equal"
+
+
 def assert_bit_equal(by_rank: list[dict[int, Run]], expected: Run, stages: list[int]) -> None:
     for stage in stages:
         for results in by_rank:

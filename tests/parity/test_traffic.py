@@ -101,8 +101,8 @@ def test_the_event_list_follows_from_the_stage(run_ranks, stage, accumulation) -
         # every gradient has arrived before the first updated weight leaves
         ops = [op for op, _ in flat]
         assert ops == ["reduce_scatter"] * len(reduced) + ["all_gather"] * len(gathered)
-    others_ops = {event.op for event in events} - {"reduce_scatter", "all_gather"}
-    assert others_ops <= {"all_reduce"}, f"unexpected traffic: {others_ops}"
+    rest = [event.op for event in events if event.op not in ("reduce_scatter", "all_gather")]
+    assert rest == ["all_reduce"], f"expected one sum of norm and votes beside, got {rest}"
 
 
 @pytest.mark.parametrize("accumulation", [1, 3])
@@ -116,7 +116,8 @@ def test_stage_3_gathers_each_group_once_a_forward_and_once_a_backward(run_ranks
     assert len(groups) >= 3, "the tiny model should have several shard groups"
     assert sorted(reduced) == sorted([*groups] * accumulation)
     assert sorted(gathered) == sorted([*groups] * 2 * accumulation)
-    assert {event.op for event in events} == {"reduce_scatter", "all_gather", "all_reduce"}
+    rest = [event.op for event in events if event.op not in ("reduce_scatter", "all_gather")]
+    assert rest == ["all_reduce"], f"expected one sum of norm and votes beside, got {rest}"
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2])
