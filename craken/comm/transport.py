@@ -235,9 +235,15 @@ def _number_of(label: str) -> int:
 def add_up(own: Tensor, received: Sequence[Tensor], out: Tensor, *, add: bool) -> None:
     """Write (or with `add`, add) own + received[0] + received[1] + ... into `out`, rounding to its dtype once.
 
-    All are [S]. fp32 sums take one pass a term; with 16-bit terms the sum runs in fp32.
+    All are [S]; terms received may be overwritten. fp32 sums take one pass a term; with 16-bit terms the sum runs in
+    fp32. fp32 terms are summed before they are added, so that with two ranks it does not matter which of them adds.
     """
-    if add and out.dtype.itemsize >= 4:
+    if add and received and own.dtype == received[0].dtype == out.dtype and out.dtype.itemsize >= 4:
+        total = received[0].add_(own)
+        for term in received[1:]:
+            total.add_(term)
+        out.add_(total)
+    elif add and out.dtype.itemsize >= 4:
         for term in (own, *received):
             out.add_(term)
     elif add:
