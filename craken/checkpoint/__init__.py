@@ -1,22 +1,29 @@
 """One format for every topology: safetensors shards that each rank writes, and one JSON index with checksums."""
 
 from craken.checkpoint.agreement import run_on_all
+from craken.checkpoint.background import BackgroundSaver, Stall
 from craken.checkpoint.clone import clone_tensors_for_torch_save
 from craken.checkpoint.entry import Piece
 from craken.checkpoint.errors import CheckpointDamaged, CheckpointNotFound
 from craken.checkpoint.folder import list_tags
 from craken.checkpoint.reader import Reader
-from craken.checkpoint.saver import save
+from craken.checkpoint.retention import newest_first, newest_whole
+from craken.checkpoint.saver import Target, save
 from craken.checkpoint.verifier import Damage, verify
 
 __all__ = [
+    "BackgroundSaver",
     "CheckpointDamaged",
     "CheckpointNotFound",
     "Damage",
     "Piece",
     "Reader",
+    "Stall",
+    "Target",
     "clone_tensors_for_torch_save",
     "list_tags",
+    "newest_first",
+    "newest_whole",
     "run_on_all",
     "save",
     "verify",

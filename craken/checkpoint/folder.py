@@ -121,6 +121,13 @@ def discard(staging: Staging) -> None:
     os.close(staging.lock_fd)
 
 
+def delete_tag(path: Path) -> None:
+    """Delete the checkpoint folder `path`, which first loses its name: cut short, the next save goes on with it."""
+    path = path.rename(path.with_name(f".{path.name}.tmp-{secrets.token_hex(8)}"))
+    sync_folder(path.parent)
+    _delete(path)
+
+
 def write_durably(path: Path, text: str) -> None:
     """Write `text` to `path` and fsync it."""
     with path.open("w", encoding="utf-8") as file:
