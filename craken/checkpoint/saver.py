@@ -26,6 +26,7 @@ from craken.checkpoint.blocks import BLOCK_BYTES
 from craken.checkpoint.entry import RANK_STATE, RESERVED_KINDS, SHARED_STATE, Entry, Piece, entry_of
 from craken.checkpoint.index import INDEX_NAME, WrittenFile, build_index, index_to_text
 from craken.checkpoint.plan import assign_writers
+from craken.checkpoint.recovery_script import leave_script
 from craken.checkpoint.shard_file import file_name, write_file
 from craken.checkpoint.state_codec import encode_state
 from craken.comm import MeshAxis
@@ -136,6 +137,7 @@ def _publish(staging: folders.Staging | None, result: Written, *, save_latest: b
     entries = [entry for entries in result.entries_by_rank for entry in entries]
     index = build_index(result.files, entries, block_bytes=BLOCK_BYTES, shared_state=result.shared_state)
     folders.write_durably(staging.path / INDEX_NAME, index_to_text(index))
+    leave_script(staging.final.parent)
     folders.publish(staging)
     if save_latest:
         folders.move_latest(staging.final.parent, staging.final.name)

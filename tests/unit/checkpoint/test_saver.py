@@ -14,6 +14,7 @@ import torch
 
 from craken.checkpoint import Piece, Reader, save, shard_file, verify
 from craken.checkpoint import folder as folders
+from craken.checkpoint.recovery_script import SCRIPT_NAME
 from craken.comm import MeshAxis
 from tests.unit.checkpoint.ranks import (
     ONE_RANK,
@@ -28,7 +29,7 @@ from tests.unit.checkpoint.ranks import (
 
 
 def names(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
+    return sorted(path.name for path in folder.iterdir() if path.name != SCRIPT_NAME)  # each save leaves that
 
 
 @contextmanager
