@@ -4,7 +4,7 @@
                --add the adapter--> --quantise or cast--> OUT/model*.safetensors, config.json, tokenizer
 
 Until something is written nothing but headers and indexes has been read. Each arrow makes lazy tensors of lazy
-tensors; writing pulls 64 MiB at a time through all of them. The folder appears whole or not at all.
+tensors; writing pulls 32 MiB at a time through all of them. The folder appears whole or not at all.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-CHUNK_BYTES = 64 << 20
+CHUNK_BYTES = 32 << 20
 
 
 @dataclass(frozen=True)

@@ -118,11 +118,8 @@ def _nf4(name: str, weight: LazyTensor, compute_dtype: torch.dtype) -> dict[str,
         return torch.cat([_blocks(part).abs().amax(dim=1) for part in parts])
 
     def codes(low: int, high: int) -> Tensor:
-        values = _finite(name, weight.read(2 * low, min(2 * high, weight.numel())))
-        blocks = _blocks(values)
-        scaled = blocks / blocks.abs().amax(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
-        numbers = torch.bucketize(scaled.view(-1)[: 2 * (high - low)], bounds, out_int32=True).to(torch.uint8)
-        return (numbers[0::2] << 4) | numbers[1::2]
+        parts = _parts(name, weight, 2 * low, min(2 * high, weight.numel()), unit)
+        return torch.cat([_packed(part, bounds) for part in parts])
 
     facts = {
         "quant_type": "nf4",
@@ -144,6 +141,14 @@ def _parts(name: str, weight: LazyTensor, low: int, high: int, unit: int) -> Ite
     step = max(weight.chunk_numel // unit, 1) * unit
     for start in range(low, high, step):
         yield _finite(name, weight.read(start, min(start + step, high)))
+
+
+def _packed(values: Tensor, bounds: Tensor) -> Tensor:
+    """Return the numbers of the levels nearest to flat `values`, two a byte."""
+    blocks = _blocks(values)
+    scaled = blocks / blocks.abs().amax(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+    numbers = torch.bucketize(scaled.view(-1), bounds, out_int32=True).to(torch.uint8)
+    return ((numbers[0::2] << 4) | numbers[1::2])[: -(-values.numel() // 2)]
 
 
 def _blocks(values: Tensor) -> Tensor:
