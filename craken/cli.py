@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from craken.log import logger
 from craken.version import __version__
@@ -33,6 +34,13 @@ def deepspeed(argv: Sequence[str] | None = None) -> int:
 def ds_report(argv: Sequence[str] | None = None) -> int:
     """Run the `ds_report` script, which is `craken doctor` under its old name."""
     return _doctor(sys.argv[1:] if argv is None else argv, prog="ds_report")
+
+
+def zero_to_fp32(argv: Sequence[str] | None = None) -> int:
+    """Run the `zero_to_fp32` script, which every checkpoint folder holds a copy of."""
+    from craken.checkpoint.fp32 import main as convert
+
+    return convert(argv)
 
 
 def _launch(words: Sequence[str]) -> int:
@@ -69,6 +77,24 @@ def _io(words: Sequence[str]) -> int:
     return measure_disk(words)
 
 
+def _export(words: Sequence[str]) -> int:
+    from craken.checkpoint.export_command import main as export
+
+    return export(words, _linear_layers)
+
+
+def _linear_layers(folder: Path) -> tuple[list[str], list[str]]:
+    from craken.train.huggingface import linear_layers
+
+    return linear_layers(folder)
+
+
+def _inspect(words: Sequence[str]) -> int:
+    from craken.checkpoint.inspect_command import main as inspect
+
+    return inspect(words)
+
+
 def _check_config(file: str, num_ranks: int) -> int:
     from rich.console import Console
 
@@ -93,6 +119,8 @@ def _check_config(file: str, num_ranks: int) -> int:
 _COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "train": (_train, "train a model with ZeRO on all accelerators, or on CPU processes"),
     "launch": (_launch, "start a script as one rank an accelerator, on one host or many"),
+    "export": (_export, "write a checkpoint as a Hugging Face model: merged, in another dtype, quantised"),
+    "inspect": (_inspect, "say what a checkpoint holds, and check every block of it"),
     "config": (_config, "check a config file and show the batch sizes it means"),
     "io": (_io, "measure a disk for offload, and find the settings that suit it"),
     "doctor": (_doctor, "say what works on this machine, and why not"),

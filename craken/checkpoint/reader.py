@@ -60,6 +60,11 @@ class Reader:
         """What rank 0 gave as `shared_state`, built anew at each access."""
         return decode_state(self._index.shared_state, lambda name: self.read_full(SHARED_STATE, name))
 
+    def shared_value(self, key: str) -> Any:
+        """Return what `shared_state` has under `key`, without reading the rest; None when it has no such key."""
+        encoded = self._index.shared_state.get(key)
+        return decode_state(encoded, lambda name: self.read_full(SHARED_STATE, name))
+
     def rank_state(self, rank: int) -> Any:
         """Return what `rank` gave as its `rank_state`; ValueError when fewer ranks saved."""
         if not 0 <= rank < self.world_size:

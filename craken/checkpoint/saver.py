@@ -26,6 +26,7 @@ from craken.checkpoint.blocks import BLOCK_BYTES
 from craken.checkpoint.entry import RANK_STATE, RESERVED_KINDS, SHARED_STATE, Entry, Piece, entry_of
 from craken.checkpoint.index import INDEX_NAME, WrittenFile, build_index, index_to_text
 from craken.checkpoint.plan import assign_writers
+from craken.checkpoint.recovery_script import leave_script
 from craken.checkpoint.retention import delete_older
 from craken.checkpoint.shard_file import file_name, write_file
 from craken.checkpoint.state_codec import encode_state
@@ -161,6 +162,7 @@ def publish(prepared: Prepared, files: Sequence[WrittenFile]) -> Path | None:
     entries = [entry for entries in prepared.entries_by_rank for entry in entries]
     index = build_index(files, entries, block_bytes=BLOCK_BYTES, shared_state=prepared.plan.shared_state)
     folders.write_durably(staging.path / INDEX_NAME, index_to_text(index))
+    leave_script(target.folder)
     folders.publish(staging)
     if target.save_latest:
         folders.move_latest(target.folder, target.tag)

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from craken.checkpoint import BackgroundSaver, Piece, Reader, Target, run_on_all
 from craken.checkpoint import save as save_folder
@@ -190,12 +190,20 @@ def _shared_state(engine: Engine, client_state: dict[str, Any]) -> dict[str, Any
         "micro_steps": engine.accumulation.micro_steps,
         "in_step": engine.accumulation.in_step,
         "zero_stage": engine.parts.config.zero_optimization.stage,
+        "tied": _tied_names(engine.module),
         "loss_scale": engine.loss_scaler.state_dict(),
         "optimizer": optimizer,
         "lr_scheduler": None if scheduler is None else scheduler.state_dict(),
         "dataloader": None if loader is None else loader.state_dict(),
         "client": client_state,
     }
+
+
+def _tied_names(module: nn.Module) -> dict[str, str]:
+    """Return, for each further name of a shared parameter, the one that it is saved under."""
+    first = {id(param): name for name, param in module.named_parameters()}
+    every = module.named_parameters(remove_duplicate=False)
+    return {name: first[id(param)] for name, param in every if name != first[id(param)]}
 
 
 def _rank_state(engine: Engine, *, with_gradients: bool) -> dict[str, Any]:

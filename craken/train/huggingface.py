@@ -29,7 +29,7 @@ def library() -> Any:
         import transformers
     except ImportError as error:
         raise ValueError(
-            "craken train needs the transformers package, which is not installed: pip install 'craken[hf]'"
+            "this needs the transformers package, which is not installed: pip install 'craken[hf]'"
         ) from error
     package: Any = transformers
     package.logging.set_verbosity_error()
@@ -129,6 +129,33 @@ def complete(folder: Path, prompt: str) -> Completion:
         )
     new = output[0, num_prompt:]
     return Completion(prompt, tokenizer.decode(new, skip_special_tokens=True))
+
+
+def linear_layers(folder: Path) -> tuple[list[str], list[str]]:
+    """Return the linear layers of the model that config.json in `folder` describes: those to quantise, and others.
+
+    Nothing is allocated. The others are the output layer, tied ones, and GPT-2's Conv1D, whose weights lie the other
+    way round. ValueError when transformers cannot build the model.
+    """
+    transformers = library()
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder)
+        named = (config.architectures or [""])[0]
+        kind = getattr(transformers, named, None)
+        with torch.device("meta"):
+            model = kind(config) if kind else transformers.AutoModelForCausalLM.from_config(config)
+    except (ValueError, KeyError, TypeError, OSError, RuntimeError) as error:
+        raise ValueError(f"{folder}: transformers cannot build this model: {error}") from error
+    kept = {id(model.get_output_embeddings())}
+    tied = getattr(model, "all_tied_weights_keys", {})
+    tied_names = {name.removesuffix(".weight") for pair in tied.items() for name in pair}
+    layers, skipped = [], []
+    for name, module in model.named_modules():
+        if type(module) is nn.Linear and id(module) not in kept and name not in tied_names:
+            layers.append(name)
+        elif isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D":
+            skipped.append(name)
+    return layers, skipped
 
 
 def _tokenizer_folder(model: str) -> Path | None:

@@ -81,7 +81,7 @@ def test_a_full_disk_on_one_rank_is_an_error_on_all_and_leaves_the_previous(run_
     first, second = run_ranks(save_with_a_full_disk_on_rank_one, 2, tmp_path)
     assert first == second
     assert "failed on 1 of 2 ranks: rank 1: OSError: [Errno 27] File too large" in first
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["global_step", "latest"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["global_step", "latest", "zero_to_fp32.py"]
     assert run_ranks(read_on_rank, 2, tmp_path) == [(True, {"step": 1.0}, [0, 1])] * 2
 
 
@@ -91,4 +91,4 @@ def test_a_rank_that_dies_leaves_the_previous(run_ranks: Any, tmp_path: Path) ->
         run_ranks(save_until_rank_one_dies, 2, tmp_path)
     assert run_ranks(read_on_rank, 2, tmp_path) == [(True, {"step": 1.0}, [0, 1])] * 2
     run_ranks(save_on_rank, 2, tmp_path, 3.0)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["global_step", "latest"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["global_step", "latest", "zero_to_fp32.py"]

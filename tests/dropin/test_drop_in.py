@@ -30,6 +30,8 @@ deepspeed.utils: safe_get_local_grad safe_get_local_optimizer_state safe_set_ful
 deepspeed.utils: safe_set_full_optimizer_state safe_set_local_fp32_param safe_set_local_grad
 deepspeed.utils: safe_set_local_optimizer_state
 deepspeed.utils.logging: logger log_dist
+deepspeed.utils.zero_to_fp32: get_fp32_state_dict_from_zero_checkpoint load_state_dict_from_zero_checkpoint main
+deepspeed.utils.zero_to_fp32: convert_zero_checkpoint_to_fp32_state_dict
 deepspeed.runtime.engine: DeepSpeedEngine
 deepspeed.runtime.config: DeepSpeedConfig
 deepspeed.runtime.dataloader: RepeatingLoader
@@ -120,5 +122,5 @@ print(sorted(f"{p.name}={p.value}" for p in metadata.distribution("deepspeed").e
     assert _python(code, str(tmp_path / "site")).splitlines() == [
         "0.19.6+craken1 ['deepspeed']",
         "True ['craken']",
-        "['deepspeed=craken.cli:deepspeed', 'ds_report=craken.cli:ds_report']",
+        "['deepspeed=craken.cli:deepspeed', 'ds_report=craken.cli:ds_report', 'zero_to_fp32=craken.cli:zero_to_fp32']",
     ]

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from craken.checkpoint import Piece, save
+from craken.checkpoint.recovery_script import SCRIPT_NAME
 from craken.comm import MeshAxis
 from craken.spec import ShardSpec
 
@@ -87,7 +88,7 @@ def gathering_threads(num_ranks: int):
 
 
 def names(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
+    return sorted(path.name for path in folder.iterdir() if path.name != SCRIPT_NAME)  # each save leaves that
 
 
 def flip(path: Path, position: int, mask: int = 1) -> None:

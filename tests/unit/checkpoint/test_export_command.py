@@ -1,0 +1,65 @@
+"""`craken export`: what is typed and what is told."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from craken import cli
+from craken.checkpoint import export_command
+from tests.unit.checkpoint.models import save_model, two_layers, write_json
+
+
+def test_a_checkpoint_is_exported_and_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = save_model(tmp_path / "saved", two_layers())
+    out = tmp_path / "out"
+    assert cli.main(["export", str(tmp_path / "saved"), str(out), "--dtype", "bf16", "--tag", "global_step1"]) == 0
+    captured = capsys.readouterr()
+    assert f"{out}: 4 tensors, 340 bytes in 1 file, torch.bfloat16, from {path}" in captured.out
+    assert "no config.json was found" in captured.err
+    assert load_file(out / "model.safetensors")["embed.weight"].dtype == torch.bfloat16
+    write_json(tmp_path / "files" / "config.json", {})
+    words = [
+        "export",
+        str(path),
+        str(tmp_path / "two"),
+        "--max-shard-size",
+        "300B",
+        "--model-files",
+        str(tmp_path / "files"),
+    ]
+    assert cli.main(words) == 0
+    captured = capsys.readouterr()
+    assert "in 3 files, torch.float32" in captured.out
+    assert f"configuration from {tmp_path / 'files'}" in captured.out
+    assert not captured.err
+
+
+def test_what_cannot_be_done_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_model(tmp_path / "saved", two_layers())
+    saved = str(tmp_path / "saved")
+    for words, message in (
+        ([str(tmp_path / "nowhere"), str(tmp_path / "out")], "nowhere does not exist"),
+        ([saved, saved], "is not empty; expected a new or an empty folder"),
+        ([saved, str(tmp_path / "out"), "--tag", "x"], "tag 'x' does not exist"),
+        ([saved, str(tmp_path / "out"), "--merge-adapter", saved], "holds no adapter_config.json"),
+        ([saved, str(tmp_path / "out"), "--model-files", saved], "expected a folder that holds config.json"),
+        ([saved, str(tmp_path / "out"), "--quantise", "int8"], "give --model-files"),
+    ):
+        assert cli.main(["export", *words]) == 2
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(SystemExit):
+        cli.main(["export", saved, str(tmp_path / "out"), "--max-shard-size", "many"])
+    assert "expected a size such as 5GB" in capsys.readouterr().err
+
+
+def test_a_terminal_sees_progress(tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_model(tmp_path / "saved", two_layers())
+    console = export_command.Console
+    monkeypatch.setattr(export_command, "Console", lambda **kw: console(**kw, force_terminal=True, width=100))
+    assert cli.main(["export", str(tmp_path / "saved"), str(tmp_path / "out")]) == 0
+    assert "exporting" in capsys.readouterr().err
