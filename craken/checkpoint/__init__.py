@@ -4,7 +4,8 @@ from craken.checkpoint.agreement import run_on_all
 from craken.checkpoint.clone import clone_tensors_for_torch_save
 from craken.checkpoint.entry import Piece
 from craken.checkpoint.errors import CheckpointDamaged, CheckpointNotFound
-from craken.checkpoint.folder import list_tags
+from craken.checkpoint.folder import has_latest, list_tags
+from craken.checkpoint.place import Place
 from craken.checkpoint.reader import Reader
 from craken.checkpoint.saver import save
 from craken.checkpoint.verifier import Damage, verify
@@ -14,8 +15,10 @@ __all__ = [
     "CheckpointNotFound",
     "Damage",
     "Piece",
+    "Place",
     "Reader",
     "clone_tensors_for_torch_save",
+    "has_latest",
     "list_tags",
     "run_on_all",
     "save",

@@ -25,7 +25,9 @@ from craken.checkpoint.agreement import run_on_all
 from craken.checkpoint.blocks import BLOCK_BYTES
 from craken.checkpoint.entry import RANK_STATE, RESERVED_KINDS, SHARED_STATE, Entry, Piece, entry_of
 from craken.checkpoint.index import INDEX_NAME, WrittenFile, build_index, index_to_text
+from craken.checkpoint.place import Place, place_of
 from craken.checkpoint.plan import assign_writers
+from craken.checkpoint.remote import StagedUrl
 from craken.checkpoint.shard_file import file_name, write_file
 from craken.checkpoint.state_codec import encode_state
 from craken.comm import MeshAxis
@@ -46,6 +48,7 @@ class Written(NamedTuple):
     files: list[WrittenFile]
     entries_by_rank: list[list[Entry]]
     shared_state: Any
+    save_latest: bool
 
 
 def save(
@@ -57,15 +60,16 @@ def save(
     rank_state: dict[str, Any],
     shared_state: dict[str, Any],
     save_latest: bool = True,
-) -> Path:
-    """Collective over `axis`: save a checkpoint in `folder`/`tag` and return that path once it is on the disk.
+) -> Place:
+    """Collective over `axis`: save a checkpoint in `folder`/`tag` and return that place once it is on the disk.
 
-    `folder` lies on storage that all ranks share. `rank_state` is kept for each rank, `shared_state` is taken from
-    rank 0. The pieces of all ranks together must tile every tensor. A checkpoint that has the tag is replaced in one
-    step. Raises the same error on all ranks, with the ranks it comes from: ValueError for pieces or states that cannot
-    be stored (before anything is written), OSError when a file system refuses; checkpoints there before stay intact.
+    `folder` lies on storage that all ranks share, or is the URL of a store. `rank_state` is kept for each rank,
+    `shared_state` is taken from rank 0. The pieces of all ranks together must tile every tensor. A checkpoint that has
+    the tag is replaced in one step. Raises the same error on all ranks, with the ranks it comes from: ValueError for
+    pieces or states that cannot be stored (before anything is written), OSError when a file system refuses;
+    checkpoints there before stay intact.
     """
-    target, doing = Path(folder), f"saving a checkpoint to {folder}"
+    target, doing = place_of(folder), f"saving a checkpoint to {folder}"
     with record_function(f"craken::checkpoint::save ({tag})"):
         plan, announced = run_on_all(
             lambda: _announce(tag, make_plan(pieces, rank_state, shared_state, axis.rank)), axis, doing=doing
@@ -75,8 +79,8 @@ def save(
         staging, paths = run_on_all(lambda: _stage(target, tag, axis.rank), axis, doing=doing)
         try:
             _, written = run_on_all(lambda: (None, _write(paths[0], plan, to_write, axis.rank)), axis, doing=doing)
-            result = Written(written, entries_by_rank, plan.shared_state)
-            run_on_all(lambda: _publish(staging, result, save_latest=save_latest), axis, doing=doing)
+            result = Written(written, entries_by_rank, plan.shared_state, save_latest)
+            run_on_all(lambda: _publish(staging, target, tag, result), axis, doing=doing)
         finally:
             if staging is not None:
                 folders.discard(staging)
@@ -116,27 +120,27 @@ def _agreed_entries(announced: list[tuple[str, list[Entry]]]) -> list[list[Entry
     return [entries for _, entries in announced]
 
 
-def _stage(target: Path, tag: str, rank: int) -> tuple[folders.Staging | None, Path]:
+def _stage(target: Place, tag: str, rank: int) -> tuple[folders.Staging | None, Place | StagedUrl]:
     if rank != 0:
         return None, target
     staging = folders.stage(target, tag)
     return staging, staging.path
 
 
-def _write(path: Path, plan: Plan, to_write: list[int], rank: int) -> WrittenFile:
-    if not path.is_dir():
+def _write(path: Place | StagedUrl, plan: Plan, to_write: list[int], rank: int) -> WrittenFile:
+    if isinstance(path, Path) and not path.is_dir():
         raise FileNotFoundError(f"{path}, made by rank 0, is not visible here: save to storage that all ranks share")
     entries = [plan.entries[i] for i in to_write]
     return write_file(path / file_name(rank), entries, [plan.pieces[i].tensor for i in to_write])
 
 
-def _publish(staging: folders.Staging | None, result: Written, *, save_latest: bool) -> tuple[None, None]:
+def _publish(staging: folders.Staging | None, target: Place, tag: str, result: Written) -> tuple[None, None]:
     if staging is None:
         return None, None
     entries = [entry for entries in result.entries_by_rank for entry in entries]
     index = build_index(result.files, entries, block_bytes=BLOCK_BYTES, shared_state=result.shared_state)
     folders.write_durably(staging.path / INDEX_NAME, index_to_text(index))
     folders.publish(staging)
-    if save_latest:
-        folders.move_latest(staging.final.parent, staging.final.name)
+    if result.save_latest:
+        folders.move_latest(target, tag)
     return None, None

@@ -15,16 +15,19 @@ import json
 import os
 import sys
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from craken.checkpoint import remote
 from craken.checkpoint.blocks import BLOCK_BYTES, checksum_of
 from craken.checkpoint.entry import Entry, bytes_of, dtype_of, in_host_memory, memory_of
 from craken.checkpoint.index import FileRecord, PieceRecord, WrittenFile
+from craken.checkpoint.place import Place, Url
 
 _ALIGNMENT_BYTES = 4096
 _NUM_WINDOWS = 8  # of at least BLOCK_BYTES each
@@ -60,27 +63,51 @@ def plan_file(entries: Sequence[Entry]) -> FileLayout:
     return FileLayout(header, [data_start + start for start in starts], data_start + end)
 
 
-def write_file(path: Path, entries: Sequence[Entry], tensors: Sequence[Tensor]) -> WrittenFile:
-    """Write `tensors` (one an entry) to a new file at `path` and fsync it; OSError when the disk refuses."""
+Write = Callable[[memoryview, int], None]  # data, and the offset in the file, which only grows
+
+
+def write_file(path: Place, entries: Sequence[Entry], tensors: Sequence[Tensor]) -> WrittenFile:
+    """Write `tensors` (one an entry) to a new file at `path`, durably; OSError when the disk or the store refuses."""
     if sys.byteorder != "little":
         raise NotImplementedError("checkpoints are little-endian; writing them on this machine is not supported")
     layout = plan_file(entries)
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-    try:
-        _write_all(fd, memoryview(layout.header), 0)
-        pieces, writeback = [], _Writeback(fd)
+    with _new_remote_file(path) if isinstance(path, Url) else _new_file(path) as write:
+        write(memoryview(layout.header), 0)
+        pieces = []
         for start, i in sorted((start, i) for i, start in enumerate(layout.starts)):
-            entry, blocks = entries[i], _write_blocks(fd, tensors[i], start, writeback)
+            entry, blocks = entries[i], _write_blocks(write, tensors[i], start)
             piece = PieceRecord(path.name, start, start + entry.num_bytes, entry.offset, entry.numel, blocks)
             pieces.append((entry, piece))
-        os.fsync(fd)
-    finally:
-        os.close(fd)
     checksum = checksum_of(memoryview(layout.header))
     return WrittenFile(FileRecord(path.name, layout.num_bytes, len(layout.header), checksum), pieces)
 
 
-def _write_blocks(fd: int, tensor: Tensor, start: int, writeback: _Writeback) -> tuple[str, ...]:
+@contextmanager
+def _new_file(path: Path) -> Iterator[Write]:
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    writeback = _Writeback(fd)
+
+    def write(data: memoryview, offset: int) -> None:
+        end = offset + len(data)
+        while len(data):
+            written = os.pwrite(fd, data, offset)
+            data, offset = data[written:], offset + written
+        writeback.advance(end)
+
+    try:
+        yield write
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+@contextmanager
+def _new_remote_file(url: Url) -> Iterator[Write]:
+    with remote.writing(url) as stream:
+        yield lambda data, _: stream.write(data)
+
+
+def _write_blocks(write: Write, tensor: Tensor, start: int) -> tuple[str, ...]:
     data = bytes_of(tensor)  # [num_bytes]
     is_host = in_host_memory(data)
     staging = data if is_host else torch.empty(min(BLOCK_BYTES, data.numel()), dtype=torch.uint8)
@@ -93,15 +120,8 @@ def _write_blocks(fd: int, tensor: Tensor, start: int, writeback: _Writeback) ->
             staging[: high - low].copy_(data[low:high])
             block = memory[: high - low]
         checksums.append(checksum_of(block))
-        _write_all(fd, block, start + low)
-        writeback.advance(start + high)
+        write(block, start + low)
     return tuple(checksums)
-
-
-def _write_all(fd: int, data: memoryview, offset: int) -> None:
-    while len(data):
-        written = os.pwrite(fd, data, offset)
-        data, offset = data[written:], offset + written
 
 
 class _Writeback:

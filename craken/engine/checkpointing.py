@@ -7,18 +7,18 @@ import os
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from craken.checkpoint import Piece, Reader, run_on_all
+from craken.checkpoint import Piece, Place, Reader, has_latest, run_on_all
 from craken.checkpoint import save as save_folder
 from craken.comm import MeshAxis, broadcast_object, gather_objects, get_accelerator
 from craken.engine.engine import Engine
 from craken.log import log_dist, warn_once
+from craken.precision import DynamicLossScale
 from craken.spec import ShardSpec
 from craken.zero import state as zero_state
 from craken.zero import whole_numel
@@ -44,7 +44,7 @@ def save(
     client_state: dict[str, Any],
     save_latest: bool,
     includes_frozen: bool,
-) -> Path:
+) -> Place:
     """Collective: write the engine's whole state to `folder`/`tag`; returns the path."""
     if engine.accumulation.in_step:
         log_dist(
@@ -68,10 +68,14 @@ def save(
 def load(
     engine: Engine, folder: str | os.PathLike[str], tag: str | None, wanted: Wanted
 ) -> tuple[str | None, dict[str, Any] | None]:
-    """Collective: restore an engine from `folder`; returns (path, client state), (None, None) without a `latest`."""
-    folder, axis = Path(folder), engine.parts.axis
+    """Collective: restore an engine from `folder`; returns (path, client state), (None, None) without a `latest`.
+
+    A failure on any rank, damage above all, is the same error on all; the engine then holds a part of what it was to
+    load, and trains again only after another checkpoint has been loaded.
+    """
+    axis = engine.parts.axis
     # rank 0 decides: without a shared file system another rank might not see `latest`
-    if broadcast_object(tag is None and not (folder / "latest").exists(), axis):
+    if broadcast_object(tag is None and not has_latest(folder), axis):
         warn_once(f"{folder} has no file `latest`: nothing was loaded; pass tag=... to name a checkpoint in it")
         return None, None
 
@@ -81,18 +85,24 @@ def load(
         _load_module(engine, reader)
         return reader, None
 
-    reader, _ = run_on_all(read, axis, doing=f"loading a checkpoint from {folder}")
+    def read_states() -> tuple[dict[str, Any], None]:
+        state = reader.shared_state
+        if wanted.optimizer and engine.parts.binding is not None and state["optimizer"] is not None:
+            _load_optimizer(engine, reader, state["optimizer"])
+        if wanted.progress:
+            _load_rank_state(reader, axis)
+        return state, None
+
+    doing = f"loading a checkpoint from {folder}"
+    reader, _ = run_on_all(read, axis, doing=doing)
     engine.discard_gradients()
     zero_state.refresh([*engine.groups, *engine.parts.layers.frozen])
     engine.renew_weights()
-    state = reader.shared_state
-    if wanted.optimizer and engine.parts.binding is not None and state["optimizer"] is not None:
-        _load_optimizer(engine, reader, state["optimizer"])
+    state, _ = run_on_all(read_states, axis, doing=doing)
     if wanted.scheduler and engine.lr_scheduler is not None and state["lr_scheduler"] is not None:
         engine.lr_scheduler.load_state_dict(state["lr_scheduler"])
     if wanted.progress:
         _load_progress(engine, state)
-        _load_rank_state(reader, engine.parts.axis)
     log_dist(f"loaded {reader.path}")
     return str(reader.path), state["client"]
 
@@ -182,16 +192,32 @@ def _check_weights(engine: Engine, reader: Reader, *, is_strict: bool) -> None:
         )
 
 
+def _converting(reader: Reader) -> Callable[[str, ShardSpec, Tensor], None]:
+    """Return a `read(kind, spec, out [spec.numel])` that takes floating-point numbers of any dtype."""
+
+    def read(kind: str, spec: ShardSpec, out: Tensor) -> None:
+        stored = reader.dtype(kind, spec.fqn)
+        if stored == out.dtype or not (stored.is_floating_point and out.is_floating_point()):
+            reader.read(kind, spec, out)
+            return
+        as_stored = torch.empty(spec.numel, dtype=stored, device="cpu")  # [spec.numel]
+        reader.read(kind, spec, as_stored)
+        out.copy_(as_stored)
+
+    return read
+
+
 def _load_module(engine: Engine, reader: Reader) -> None:
-    zero_state.load_weights(engine.groups, reader.read)
+    read = _converting(reader)
+    zero_state.load_weights(engine.groups, read)
     for spec, tensor in zero_state.frozen_pieces(engine.parts.layers.frozen):
         if spec.fqn in reader.names(FROZEN):
-            reader.read(FROZEN, spec, tensor)
+            read(FROZEN, spec, tensor)
     saved = {kind: set(reader.names(kind)) for kind in (FROZEN, BUFFER)}
     for kind, name, tensor in _whole_tensors(engine):
         if name in saved[kind]:
             flat = tensor.detach().contiguous().view(-1)
-            reader.read(kind, ShardSpec(name, tuple(tensor.shape), 0, tensor.numel()), flat)
+            read(kind, ShardSpec(name, tuple(tensor.shape), 0, tensor.numel()), flat)
             if not tensor.is_contiguous():
                 tensor.detach().copy_(flat.view(tensor.shape))
 
@@ -202,7 +228,7 @@ def _load_optimizer(engine: Engine, reader: Reader, saved: dict[str, Any]) -> No
     zero_state.load_optimizer(
         engine.parts.binding,
         _kinds_by_name(reader),
-        reader.read,
+        _converting(reader),
         saved["scalars"],
         saved["groups"],
         zero_state.empty_state if swap is None else swap.empty_state,
@@ -220,7 +246,8 @@ def _kinds_by_name(reader: Reader) -> Callable[[str], list[str]]:
 def _load_progress(engine: Engine, state: dict[str, Any]) -> None:
     engine.global_steps, engine.skipped_steps = state["global_steps"], state["skipped_steps"]
     engine.accumulation.micro_steps, engine.accumulation.in_step = state["micro_steps"], 0
-    engine.loss_scaler.load_state_dict(state["loss_scale"])
+    if isinstance(engine.loss_scaler, DynamicLossScale) and "steps_seen" in state["loss_scale"]:
+        engine.loss_scaler.load_state_dict(state["loss_scale"])  # a scale that does not move is the config's
     if engine.training_dataloader is not None and state["dataloader"] is not None:
         engine.training_dataloader.load_state_dict(state["dataloader"])
 
