@@ -1,25 +1,33 @@
 """One format for every topology: safetensors shards that each rank writes, and one JSON index with checksums."""
 
 from craken.checkpoint.agreement import run_on_all
+from craken.checkpoint.background import BackgroundSaver, Stall
 from craken.checkpoint.clone import clone_tensors_for_torch_save
 from craken.checkpoint.entry import Piece
 from craken.checkpoint.errors import CheckpointDamaged, CheckpointNotFound
 from craken.checkpoint.folder import has_latest, list_tags
-from craken.checkpoint.place import Place
+from craken.checkpoint.place import Place, place_of
 from craken.checkpoint.reader import Reader
-from craken.checkpoint.saver import save
+from craken.checkpoint.retention import newest_first, newest_whole
+from craken.checkpoint.saver import Target, save
 from craken.checkpoint.verifier import Damage, verify
 
 __all__ = [
+    "BackgroundSaver",
     "CheckpointDamaged",
     "CheckpointNotFound",
     "Damage",
     "Piece",
     "Place",
     "Reader",
+    "Stall",
+    "Target",
     "clone_tensors_for_torch_save",
     "has_latest",
     "list_tags",
+    "newest_first",
+    "newest_whole",
+    "place_of",
     "run_on_all",
     "save",
     "verify",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypeVar
 
 from craken.comm import MeshAxis, gather_objects
@@ -27,19 +27,22 @@ def run_on_all(work: Callable[[], tuple[Mine, Told]], axis: MeshAxis, *, doing: 
     try:
         mine, told = work()
     except Exception as error:
-        outcomes = gather_objects(Failure(_kind_of(error), f"{type(error).__name__}: {error}"), axis)
-        raise _combined(outcomes, doing) from error
+        outcomes = gather_objects(failure_of(error), axis)
+        raise combined(outcomes, doing) from error
     outcomes = gather_objects(told, axis)
     if any(isinstance(outcome, Failure) for outcome in outcomes):
-        raise _combined(outcomes, doing)
+        raise combined(outcomes, doing)
     return mine, outcomes
 
 
-def _kind_of(error: BaseException) -> str:
-    return "input" if isinstance(error, ValueError) else "system" if isinstance(error, OSError) else "other"
+def failure_of(error: BaseException) -> Failure:
+    """Return what other ranks are to know of an exception on this one."""
+    kind = "input" if isinstance(error, ValueError) else "system" if isinstance(error, OSError) else "other"
+    return Failure(kind, f"{type(error).__name__}: {error}")
 
 
-def _combined(outcomes: list[object], doing: str) -> Exception:
+def combined(outcomes: Sequence[object], doing: str) -> Exception:
+    """Return the one exception for what all ranks told, in rank order, of which some are failures."""
     failures = {rank: outcome for rank, outcome in enumerate(outcomes) if isinstance(outcome, Failure)}
     ranks_of: dict[str, list[int]] = {}
     for rank, failure in failures.items():

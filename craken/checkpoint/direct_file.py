@@ -15,9 +15,10 @@ import errno
 import fcntl
 import mmap
 import os
+import threading
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from queue import SimpleQueue
 
 BUFFER_BYTES = 8 << 20
 _NUM_BUFFERS = 3
@@ -26,54 +27,68 @@ _DIRECT = getattr(os, "O_DIRECT", 0)
 
 
 class DirectFile:
-    """A file that is written once, from its beginning to its end; `close` makes it durable."""
+    """A file that is written once, from its beginning to its end; after `finish` it is durable."""
 
     def __init__(self, fd: int, num_bytes: int) -> None:
         size = min(BUFFER_BYTES, -(-num_bytes // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES)
         self._fd = fd
-        self._buffers = [memoryview(mmap.mmap(-1, size)) for _ in range(min(_NUM_BUFFERS, -(-num_bytes // size)))]
-        self._writes: list[Future[None] | None] = [None] * len(self._buffers)
-        self._thread = ThreadPoolExecutor(1)
-        self._num_full, self._filled, self._size = 0, 0, size
+        self._error: Exception | None = None
+        self._free: SimpleQueue[memoryview] = SimpleQueue()
+        self._full: SimpleQueue[tuple[memoryview, int, int] | None] = SimpleQueue()  # buffer, bytes in it, offset
+        for _ in range(min(_NUM_BUFFERS, -(-num_bytes // size))):
+            self._free.put(memoryview(mmap.mmap(-1, size)))
+        self._buffer, self._filled, self._offset = self._free.get(), 0, 0
+        # no executor: those take no work once the interpreter is ending, when a save may still be under way
+        self._thread = threading.Thread(target=self._empty_buffers, name="craken-checkpoint-disk")
+        self._thread.start()
 
     def write(self, data: memoryview) -> None:
         """Append `data`; OSError when an earlier part could not be written."""
         while len(data):
-            buffer = self._buffers[self._num_full % len(self._buffers)]
-            if self._filled == 0:
-                self._wait(self._num_full % len(self._buffers))
-            part = data[: self._size - self._filled]
-            buffer[self._filled : self._filled + len(part)] = part
+            part = data[: len(self._buffer) - self._filled]
+            self._buffer[self._filled : self._filled + len(part)] = part
             self._filled, data = self._filled + len(part), data[len(part) :]
-            if self._filled == self._size:
-                self._send(buffer)
+            if self._filled == len(self._buffer):
+                self._send(self._filled)
+                self._buffer, self._filled = self._free.get(), 0
+                self._check()
 
     def finish(self) -> None:
         """Write what is left and make the file durable."""
-        end = self._num_full * self._size + self._filled
+        end = self._offset + self._filled
         if self._filled:
             padded = -(-self._filled // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
-            buffer = self._buffers[self._num_full % len(self._buffers)]
-            buffer[self._filled : padded] = bytes(padded - self._filled)
-            self._send(buffer[:padded])
-        for slot in range(len(self._buffers)):
-            self._wait(slot)
+            self._buffer[self._filled : padded] = bytes(padded - self._filled)
+            self._send(padded)
+        self.stop()
+        self._check()
         os.ftruncate(self._fd, end)
         os.fsync(self._fd)
 
     def stop(self) -> None:
-        """Wait for the thread."""
-        self._thread.shutdown(cancel_futures=True)
+        """Wait until the thread has ended."""
+        self._full.put(None)
+        self._thread.join()
 
-    def _send(self, buffer: memoryview) -> None:
-        slot = self._num_full % len(self._buffers)
-        self._writes[slot] = self._thread.submit(_write_all, self._fd, buffer, self._num_full * self._size)
-        self._num_full, self._filled = self._num_full + 1, 0
+    def _send(self, num_bytes: int) -> None:
+        self._full.put((self._buffer, num_bytes, self._offset))
+        self._offset += num_bytes
 
-    def _wait(self, slot: int) -> None:
-        pending, self._writes[slot] = self._writes[slot], None
-        if pending is not None:
-            pending.result()
+    def _check(self) -> None:
+        if self._error is not None:
+            raise self._error
+
+    def _empty_buffers(self) -> None:
+        """What the thread does."""
+        while (item := self._full.get()) is not None:
+            buffer, num_bytes, offset = item
+            try:
+                if self._error is None:
+                    _write_all(self._fd, buffer[:num_bytes], offset)
+            except Exception as error:  # noqa: BLE001 - the caller raises it
+                self._error = error
+            finally:
+                self._free.put(buffer)
 
 
 @contextlib.contextmanager

@@ -22,7 +22,7 @@ import secrets
 import shutil
 import sys
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, overload
 
 from craken.checkpoint import remote
 from craken.checkpoint.errors import CheckpointNotFound
@@ -87,6 +87,10 @@ def has_latest(folder: str | os.PathLike[str]) -> bool:
     return is_file(place_of(folder) / LATEST_NAME)
 
 
+@overload
+def find(folder: Path, tag: str | None) -> tuple[str, Path]: ...
+@overload
+def find(folder: Place, tag: str | None) -> tuple[str, Place]: ...
 def find(folder: Place, tag: str | None) -> tuple[str, Place]:
     """Return the tag (None: the one `latest` names) and its place; CheckpointNotFound listing what there is."""
     if not (remote.exists(folder) if isinstance(folder, Url) else folder.is_dir()):
@@ -148,6 +152,13 @@ def discard(staging: Staging) -> None:
         return
     _delete(staging.path)
     os.close(staging.lock_fd)
+
+
+def delete_tag(path: Path) -> None:
+    """Delete the checkpoint folder `path`, which first loses its name: cut short, the next save goes on with it."""
+    path = path.rename(path.with_name(f".{path.name}.tmp-{secrets.token_hex(8)}"))
+    sync_folder(path.parent)
+    _delete(path)
 
 
 def write_durably(path: Place, text: str) -> None:

@@ -31,6 +31,11 @@ class StagedUrl(NamedTuple):
     tag: Url
     token: str
 
+    @property
+    def name(self) -> str:
+        """The save's own."""
+        return f"{self.tag.name}-{self.token}"
+
     def __truediv__(self, name: str) -> Url:
         stem, _, extension = name.rpartition(".")
         return self.tag / f"{stem}-{self.token}.{extension}"

@@ -3,7 +3,7 @@
     every rank   check pieces, encode states          -> gather the entries; all compute who writes what
     rank 0       create .TAG.tmp-TOKEN                -> gather
     every rank   write and fsync rank-K.safetensors   -> gather the checksums
-    rank 0       write and fsync index.json, rename, move `latest`, delete what was replaced -> gather
+    rank 0       write and fsync index.json, rename, move `latest`, delete what was replaced or is old -> gather
 
 Each arrow is also the point where a failure on any rank becomes the same error on all; until the rename nothing but
 the hidden folder has been touched.
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,13 +25,30 @@ from craken.checkpoint.agreement import run_on_all
 from craken.checkpoint.blocks import BLOCK_BYTES
 from craken.checkpoint.entry import RANK_STATE, RESERVED_KINDS, SHARED_STATE, Entry, Piece, entry_of
 from craken.checkpoint.index import INDEX_NAME, WrittenFile, build_index, index_to_text
-from craken.checkpoint.place import Place, place_of
+from craken.checkpoint.place import Place, Url, place_of
 from craken.checkpoint.plan import assign_writers
 from craken.checkpoint.remote import StagedUrl
+from craken.checkpoint.retention import delete_older
 from craken.checkpoint.shard_file import file_name, write_file
 from craken.checkpoint.state_codec import encode_state
 from craken.comm import MeshAxis
 from craken.spec import ShardSpec
+
+
+class Target(NamedTuple):
+    """Where a checkpoint goes, and what follows once it is whole.
+
+    keep_last: delete older checkpoints in `folder` beyond this many, the new one included; None keeps all.
+    """
+
+    folder: Place
+    tag: str
+    save_latest: bool = True
+    keep_last: int | None = None
+
+    @property
+    def doing(self) -> str:
+        return f"saving a checkpoint to {self.folder}"
 
 
 class Plan(NamedTuple):
@@ -42,13 +59,18 @@ class Plan(NamedTuple):
     shared_state: Any
 
 
-class Written(NamedTuple):
-    """What all ranks wrote, and of what."""
+class Prepared(NamedTuple):
+    """What all ranks have agreed on before anything is written.
 
-    files: list[WrittenFile]
+    to_write: the positions of those entries that this rank writes. staging: rank 0's, whose `path` all ranks know.
+    """
+
+    target: Target
+    plan: Plan
     entries_by_rank: list[list[Entry]]
-    shared_state: Any
-    save_latest: bool
+    to_write: list[int]
+    staging: folders.Staging | None
+    path: Place | StagedUrl
 
 
 def save(
@@ -60,31 +82,49 @@ def save(
     rank_state: dict[str, Any],
     shared_state: dict[str, Any],
     save_latest: bool = True,
+    keep_last: int | None = None,
 ) -> Place:
     """Collective over `axis`: save a checkpoint in `folder`/`tag` and return that place once it is on the disk.
 
     `folder` lies on storage that all ranks share, or is the URL of a store. `rank_state` is kept for each rank,
     `shared_state` is taken from rank 0. The pieces of all ranks together must tile every tensor. A checkpoint that has
-    the tag is replaced in one step. Raises the same error on all ranks, with the ranks it comes from: ValueError for
-    pieces or states that cannot be stored (before anything is written), OSError when a file system refuses;
-    checkpoints there before stay intact.
+    the tag is replaced in one step. `keep_last` deletes older checkpoints in `folder` (no URL) beyond so many, once the
+    new one is there. Raises the same error on all ranks, with the ranks it comes from: ValueError for pieces or states
+    that cannot be stored (before anything is written), OSError when a file system refuses; checkpoints there before
+    stay intact.
     """
-    target, doing = place_of(folder), f"saving a checkpoint to {folder}"
+    target = Target(place_of(folder), tag, save_latest, keep_last)
     with record_function(f"craken::checkpoint::save ({tag})"):
-        plan, announced = run_on_all(
-            lambda: _announce(tag, make_plan(pieces, rank_state, shared_state, axis.rank)), axis, doing=doing
-        )
-        entries_by_rank = _agreed_entries(announced)
-        to_write = assign_writers(entries_by_rank)[axis.rank]
-        staging, paths = run_on_all(lambda: _stage(target, tag, axis.rank), axis, doing=doing)
+        prepared = prepare(target, pieces, axis=axis, rank_state=rank_state, shared_state=shared_state)
         try:
-            _, written = run_on_all(lambda: (None, _write(paths[0], plan, to_write, axis.rank)), axis, doing=doing)
-            result = Written(written, entries_by_rank, plan.shared_state, save_latest)
-            run_on_all(lambda: _publish(staging, target, tag, result), axis, doing=doing)
+            tensors = [prepared.plan.pieces[i].tensor for i in prepared.to_write]
+            _, files = run_on_all(lambda: (None, write(prepared, tensors, axis.rank)), axis, doing=target.doing)
+            run_on_all(lambda: (None, publish(prepared, files)), axis, doing=target.doing)
         finally:
-            if staging is not None:
-                folders.discard(staging)
-    return target / tag
+            if prepared.staging is not None:
+                folders.discard(prepared.staging)
+    return target.folder / tag
+
+
+def prepare(
+    target: Target,
+    pieces: Iterable[Piece],
+    *,
+    axis: MeshAxis,
+    rank_state: dict[str, Any],
+    shared_state: dict[str, Any],
+) -> Prepared:
+    """Collective over `axis`: check what all ranks bring, decide who writes what, and have rank 0 make the folder.
+
+    Rank 0 must `discard` the staging folder in the end. Errors as `save`'s.
+    """
+    plan, announced = run_on_all(
+        lambda: _announce(target, make_plan(pieces, rank_state, shared_state, axis.rank)), axis, doing=target.doing
+    )
+    entries_by_rank = _agreed_entries(announced)
+    to_write = assign_writers(entries_by_rank)[axis.rank]
+    staging, paths = run_on_all(lambda: _stage(target, axis.rank), axis, doing=target.doing)
+    return Prepared(target, plan, entries_by_rank, to_write, staging, paths[0])
 
 
 def make_plan(pieces: Iterable[Piece], rank_state: dict[str, Any], shared_state: dict[str, Any], rank: int) -> Plan:
@@ -108,9 +148,37 @@ def _state_piece(kind: str, fqn: str, tensor: torch.Tensor) -> Piece:
     return Piece(kind, ShardSpec(fqn, tuple(tensor.shape), 0, tensor.numel()), tensor)
 
 
-def _announce(tag: str, plan: Plan) -> tuple[Plan, tuple[str, list[Entry]]]:
-    folders.check_tag(tag)
-    return plan, (tag, plan.entries)
+def write(prepared: Prepared, tensors: Sequence[torch.Tensor], rank: int) -> WrittenFile:
+    """Write this rank's file from `tensors`, one for each entry that it writes, of that entry's bytes."""
+    path = prepared.path
+    if isinstance(path, Path) and not path.is_dir():
+        raise FileNotFoundError(f"{path}, made by rank 0, is not visible here: save to storage that all ranks share")
+    return write_file(path / file_name(rank), [prepared.plan.entries[i] for i in prepared.to_write], tensors)
+
+
+def publish(prepared: Prepared, files: Sequence[WrittenFile]) -> Place | None:
+    """Rank 0: write the index of all ranks' files, give the folder its name and return it; None on other ranks."""
+    target, staging = prepared.target, prepared.staging
+    if staging is None:
+        return None
+    entries = [entry for entries in prepared.entries_by_rank for entry in entries]
+    index = build_index(files, entries, block_bytes=BLOCK_BYTES, shared_state=prepared.plan.shared_state)
+    folders.write_durably(staging.path / INDEX_NAME, index_to_text(index))
+    folders.publish(staging)
+    if target.save_latest:
+        folders.move_latest(target.folder, target.tag)
+    if target.keep_last is not None and isinstance(target.folder, Path):
+        delete_older(target.folder, keep_last=target.keep_last)
+    return target.folder / target.tag
+
+
+def _announce(target: Target, plan: Plan) -> tuple[Plan, tuple[str, list[Entry]]]:
+    folders.check_tag(target.tag)
+    if target.keep_last is not None and target.keep_last < 1:
+        raise ValueError(f"keep_last: expected at least 1 (None keeps all checkpoints), got {target.keep_last}")
+    if target.keep_last is not None and isinstance(target.folder, Url):
+        raise ValueError(f"keep_last: expected a folder of this host, got {target.folder}; leave deleting to the store")
+    return plan, (target.tag, plan.entries)
 
 
 def _agreed_entries(announced: list[tuple[str, list[Entry]]]) -> list[list[Entry]]:
@@ -120,27 +188,8 @@ def _agreed_entries(announced: list[tuple[str, list[Entry]]]) -> list[list[Entry
     return [entries for _, entries in announced]
 
 
-def _stage(target: Place, tag: str, rank: int) -> tuple[folders.Staging | None, Place | StagedUrl]:
+def _stage(target: Target, rank: int) -> tuple[folders.Staging | None, Place | StagedUrl]:
     if rank != 0:
-        return None, target
-    staging = folders.stage(target, tag)
+        return None, target.folder
+    staging = folders.stage(target.folder, target.tag)
     return staging, staging.path
-
-
-def _write(path: Place | StagedUrl, plan: Plan, to_write: list[int], rank: int) -> WrittenFile:
-    if isinstance(path, Path) and not path.is_dir():
-        raise FileNotFoundError(f"{path}, made by rank 0, is not visible here: save to storage that all ranks share")
-    entries = [plan.entries[i] for i in to_write]
-    return write_file(path / file_name(rank), entries, [plan.pieces[i].tensor for i in to_write])
-
-
-def _publish(staging: folders.Staging | None, target: Place, tag: str, result: Written) -> tuple[None, None]:
-    if staging is None:
-        return None, None
-    entries = [entry for entries in result.entries_by_rank for entry in entries]
-    index = build_index(result.files, entries, block_bytes=BLOCK_BYTES, shared_state=result.shared_state)
-    folders.write_durably(staging.path / INDEX_NAME, index_to_text(index))
-    folders.publish(staging)
-    if result.save_latest:
-        folders.move_latest(target, tag)
-    return None, None

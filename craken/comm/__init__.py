@@ -3,6 +3,7 @@
 from craken.comm.accelerator import Accelerator, get_accelerator
 from craken.comm.events import Event, bytes_sent, event_log
 from craken.comm.feedback import ErrorFeedback
+from craken.comm.mailbox import Mailbox
 from craken.comm.mesh import MeshAxis, axis_over, split_axis, world_axis
 from craken.comm.objects import (
     all_reduce_sum,
@@ -29,6 +30,7 @@ __all__ = [
     "Channel",
     "ErrorFeedback",
     "Event",
+    "Mailbox",
     "MeshAxis",
     "Pending",
     "QuantisedGather",

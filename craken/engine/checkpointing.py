@@ -13,15 +13,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from craken.checkpoint import Piece, Place, Reader, has_latest, run_on_all
+from craken.checkpoint import BackgroundSaver, Piece, Place, Reader, Target, has_latest, run_on_all
 from craken.checkpoint import save as save_folder
-from craken.comm import MeshAxis, broadcast_object, gather_objects, get_accelerator
+from craken.comm import broadcast_object, gather_objects, get_accelerator
 from craken.engine.engine import Engine
 from craken.log import log_dist, warn_once
 from craken.precision import DynamicLossScale
 from craken.spec import ShardSpec
+from craken.zero import can_load, gradient_state, whole_numel
 from craken.zero import state as zero_state
-from craken.zero import whole_numel
 
 FROZEN, BUFFER = "frozen", "buffer"
 
@@ -38,28 +38,38 @@ class Wanted:
 
 def save(
     engine: Engine,
-    folder: str | os.PathLike[str],
+    target: Target,
     *,
-    tag: str | None,
     client_state: dict[str, Any],
-    save_latest: bool,
     includes_frozen: bool,
+    background: BackgroundSaver,
 ) -> Place:
-    """Collective: write the engine's whole state to `folder`/`tag`; returns the path."""
-    if engine.accumulation.in_step:
+    """Collective: write the engine's whole state to `target`, if so configured in the background; returns the path."""
+    section = engine.parts.config.checkpoint
+    if target.keep_last is None:
+        target = target._replace(keep_last=section.keep_last)
+    if engine.accumulation.in_step and not section.save_gradients:
         log_dist(
             f"saving after {engine.accumulation.in_step} of {engine.accumulation.steps} micro-batches of a step: their "
-            "gradients are not saved, a resumed run begins the step anew",
+            "gradients are not saved, a resumed run begins the step anew; checkpoint.save_gradients in the config "
+            "saves them",
             level=logging.WARNING,
         )
+    pieces, axis = _pieces(engine, includes_frozen=includes_frozen), engine.parts.axis
+    rank_state = _rank_state(engine, with_gradients=section.save_gradients)
+    shared_state = _shared_state(engine, client_state)
+    if section.async_save:
+        path = background.save(target, pieces, axis=axis, rank_state=rank_state, shared_state=shared_state)
+        log_dist(f"saving {path} in the background: {_in_words(background)}")
+        return path
     path = save_folder(
-        folder,
-        tag or f"global_step{engine.global_steps}",
-        pieces=_pieces(engine, includes_frozen=includes_frozen),
-        axis=engine.parts.axis,
-        rank_state=_rank_state(),
-        shared_state=_shared_state(engine, client_state),
-        save_latest=save_latest,
+        *target[:2],
+        pieces=pieces,
+        axis=axis,
+        rank_state=rank_state,
+        shared_state=shared_state,
+        save_latest=target.save_latest,
+        keep_last=target.keep_last,
     )
     log_dist(f"saved {path}")
     return path
@@ -85,26 +95,59 @@ def load(
         _load_module(engine, reader)
         return reader, None
 
-    def read_states() -> tuple[dict[str, Any], None]:
-        state = reader.shared_state
-        if wanted.optimizer and engine.parts.binding is not None and state["optimizer"] is not None:
-            _load_optimizer(engine, reader, state["optimizer"])
-        if wanted.progress:
-            _load_rank_state(reader, axis)
-        return state, None
-
-    doing = f"loading a checkpoint from {folder}"
-    reader, _ = run_on_all(read, axis, doing=doing)
+    reader, _ = run_on_all(read, axis, doing=f"loading a checkpoint from {folder}")
     engine.discard_gradients()
     zero_state.refresh([*engine.groups, *engine.parts.layers.frozen])
     engine.renew_weights()
-    state, _ = run_on_all(read_states, axis, doing=doing)
+    doing = f"loading {reader.path}"
+    restored, can_all = run_on_all(lambda: _restore(engine, reader, wanted), axis, doing=doing)
+    if any(has_gradients for _, has_gradients in can_all):
+        _resume_step(engine, restored, is_possible=all(can for can, _ in can_all), path=reader.path)
+    log_dist(f"loaded {reader.path}")
+    return str(reader.path), restored.client_state
+
+
+@dataclass(frozen=True)
+class _Restored:
+    """What is left to act on once a checkpoint has been read: the client's state, and a step under way."""
+
+    client_state: dict[str, Any]
+    in_step: int = 0
+    gradients: dict[str, Any] | None = None
+
+
+def _restore(engine: Engine, reader: Reader, wanted: Wanted) -> tuple[_Restored, tuple[bool, bool]]:
+    """Restore what is wanted besides the weights; also tell whether gradients can be taken, and whether any came."""
+    state, axis = reader.shared_state, engine.parts.axis
+    if wanted.optimizer and engine.parts.binding is not None and state["optimizer"] is not None:
+        _load_optimizer(engine, reader, state["optimizer"])
     if wanted.scheduler and engine.lr_scheduler is not None and state["lr_scheduler"] is not None:
         engine.lr_scheduler.load_state_dict(state["lr_scheduler"])
-    if wanted.progress:
-        _load_progress(engine, state)
-    log_dist(f"loaded {reader.path}")
-    return str(reader.path), state["client"]
+    if not wanted.progress:
+        return _Restored(state["client"]), (False, False)
+    _load_progress(engine, state)
+    in_step = state.get("in_step", 0)
+    if reader.world_size != axis.size:  # there is no state for each rank
+        return _Restored(state["client"], in_step), (False, in_step > 0)
+    own = reader.rank_state(axis.rank)
+    _load_generators(own)
+    gradients = own.get("gradients")
+    if gradients is None:
+        return _Restored(state["client"], in_step), (False, in_step > 0)
+    can = can_load(engine.groups, gradients)
+    return _Restored(state["client"], in_step, gradients), (can, gradients["has_any"])
+
+
+def _resume_step(engine: Engine, restored: _Restored, *, is_possible: bool, path: Place) -> None:
+    if is_possible:
+        assert restored.gradients is not None
+        engine.resume_step(restored.gradients, restored.in_step)
+        return
+    log_dist(
+        f"{path} was saved within a step, which begins anew: its gradients were not saved (checkpoint.save_gradients "
+        "in the config saves them), or by another number of ranks or at another stage",
+        level=logging.WARNING,
+    )
 
 
 # --- saving -----------------------------------------------------------------------------------------------------------
@@ -149,6 +192,7 @@ def _shared_state(engine: Engine, client_state: dict[str, Any]) -> dict[str, Any
         "global_steps": engine.global_steps,
         "skipped_steps": engine.skipped_steps,
         "micro_steps": engine.accumulation.micro_steps,
+        "in_step": engine.accumulation.in_step,
         "zero_stage": engine.parts.config.zero_optimization.stage,
         "loss_scale": engine.loss_scaler.state_dict(),
         "optimizer": optimizer,
@@ -158,14 +202,25 @@ def _shared_state(engine: Engine, client_state: dict[str, Any]) -> dict[str, Any
     }
 
 
-def _rank_state() -> dict[str, Any]:
+def _rank_state(engine: Engine, *, with_gradients: bool) -> dict[str, Any]:
     kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     return {
         "python": random.getstate(),
         "numpy": (kind, keys, position, has_gauss, cached),
         "torch": torch.get_rng_state(),
         "device": None if get_accelerator().is_cpu else torch.cuda.get_rng_state(),
+        "gradients": gradient_state(engine.groups) if with_gradients else None,
     }
+
+
+def _in_words(background: BackgroundSaver) -> str:
+    stall = background.stall
+    assert stall is not None, "a save has begun"
+    waited = f", {stall.waited_s * 1e3:.1f} ms of it for the save before" if stall.waited_s >= 1e-3 else ""
+    return (
+        f"training stood still for {stall.seconds * 1e3:.1f} ms{waited}, {stall.copy_s * 1e3:.1f} ms of it to copy "
+        f"{stall.num_bytes:,} bytes of rank 0"
+    )
 
 
 # --- loading ----------------------------------------------------------------------------------------------------------
@@ -252,10 +307,7 @@ def _load_progress(engine: Engine, state: dict[str, Any]) -> None:
         engine.training_dataloader.load_state_dict(state["dataloader"])
 
 
-def _load_rank_state(reader: Reader, axis: MeshAxis) -> None:
-    if reader.world_size != axis.size:
-        return  # another number of ranks: there is no state for each
-    state = reader.rank_state(axis.rank)
+def _load_generators(state: dict[str, Any]) -> None:
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])
     torch.set_rng_state(state["torch"])

@@ -10,9 +10,11 @@ from typing import Any
 
 from torch import Tensor
 
+from craken.checkpoint import BackgroundSaver, Stall, Target, place_of
 from craken.comm import barrier
 from craken.disk import Traffic
 from craken.engine import checkpointing
+from craken.engine.build import Parts
 from craken.engine.consolidate import consolidated_state_dict, save_weights
 from craken.engine.engine import Engine
 from craken.log import warn_once
@@ -22,6 +24,10 @@ from craken.zero.parking import KINDS, states_of_kinds
 
 class DeepSpeedEngine(Engine):
     """What `initialize` returns: the engine, under every name that DeepSpeed's users know."""
+
+    def __init__(self, parts: Parts) -> None:
+        super().__init__(parts)
+        self._background = BackgroundSaver()
 
     @property
     def config(self) -> dict[str, Any]:
@@ -135,21 +141,42 @@ class DeepSpeedEngine(Engine):
         client_state: dict[str, Any] | None = None,
         save_latest: bool = True,
         exclude_frozen_parameters: bool = False,
+        keep_last: int | None = None,
     ) -> bool:
         """Collective: write `save_dir`/`tag` (default `global_step<N>`), and point `latest` at it.
 
-        client_state: JSON values, tensors, arrays, tuples, bytes; returned by `load_checkpoint`.
+        client_state: JSON values, tensors, arrays, tuples, bytes; returned by `load_checkpoint`. keep_last: afterwards
+        delete older checkpoints in `save_dir` beyond so many; default `checkpoint.keep_last` in the config. With
+        `checkpoint.async_save` it returns once the state is copied, and raises what went wrong with the save before.
         """
         self.parking.check_empty("save_checkpoint()")
         checkpointing.save(
             self,
-            save_dir,
-            tag=tag,
+            Target(place_of(save_dir), tag or f"global_step{self.global_steps}", save_latest, keep_last),
             client_state=client_state or {},
-            save_latest=save_latest,
             includes_frozen=not exclude_frozen_parameters,
+            background=self._background,
         )
         return True
+
+    def wait_for_checkpoint(self) -> None:
+        """Return once a checkpoint that is being saved in the background is on the disk; call it on all ranks.
+
+        Raises what went wrong with it, the same on all ranks: OSError when a file system refused, else RuntimeError.
+        """
+        self._background.wait()
+
+    @property
+    def checkpoint_stall(self) -> Stall | None:
+        """How long training stood still for the last save in the background, on this rank; None before one."""
+        return self._background.stall
+
+    def destroy(self) -> None:
+        """Take all hooks off the module, after waiting for a checkpoint that is being saved; see `Engine.destroy`."""
+        try:
+            self.wait_for_checkpoint()
+        finally:
+            super().destroy()
 
     def load_checkpoint(
         self,
@@ -165,6 +192,7 @@ class DeepSpeedEngine(Engine):
         Returns (path, client_state); (None, None) with a warning when there is no `latest`.
         """
         self.parking.check_empty("load_checkpoint()")
+        self.wait_for_checkpoint()
         what = checkpointing.Wanted(
             is_strict=load_module_strict,
             optimizer=load_optimizer_states and not load_module_only,

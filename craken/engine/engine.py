@@ -41,6 +41,7 @@ from craken.zero import (
     StepResult,
     hold_states,
     is_in_backward,
+    load_gradient_state,
     register,
     register_whole,
     release_states,
@@ -336,6 +337,12 @@ class Engine(nn.Module):
         for group in self.groups:
             group.gradients.drop()
         self._record.num_backwards = self._reducer.num_backwards
+
+    def resume_step(self, gradients: dict[str, Any], in_step: int) -> None:
+        """Go on in a step after `in_step` micro-batches, whose `gradient_state` on this rank is given."""
+        load_gradient_state(self.groups, gradients)
+        self.accumulation.in_step = in_step
+        self._record.num_backwards -= 1  # there was a backward since the last step
 
     def _weights_were_loaded(self) -> None:
         for group in (*self.groups, *self.parts.layers.frozen):

@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from enum import Enum, auto
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,9 @@ import unittest
 class TestSort(unittest.TestCase):
     def test_sorted(self):
         self.assertEqual("""
+AUTO = "auto"
+FLAGS = "flags.json"
+KEPT_CHECKPOINTS = 2
 PATH_FLAGS = frozenset({"data", "config", "cache"})
 PRECISIONS = ("bf16", "fp16", "fp32")
 
@@ -30,9 +34,19 @@ examples:
   craken train --model tiny --steps 20 --ranks 2
   craken train --config configs/ds_zero2_config.json
   craken train --resume runs/notes            go on where a run was stopped
+  craken train --output runs/notes --resume auto
+                                              the same command begins the run, and goes on with it after a stop
   deepspeed --num_gpus=4 -m craken.train --zero 2
                                               ranks started by a launcher (`deepspeed`, `craken launch`, torchrun)
 """
+
+
+class Resume(Enum):
+    """Whether a run goes on with an earlier one in its folder."""
+
+    NEVER = auto()
+    ALWAYS = auto()
+    IF_POSSIBLE = auto()  # else it begins: `--resume auto`
 
 
 @dataclass(frozen=True)
@@ -59,7 +73,8 @@ class Options:
     output: Path
     cache: Path
     prompt: str
-    is_resuming: bool
+    resume: Resume
+    keep_last: int
     given: Mapping[str, Any]
 
     @property
@@ -144,6 +159,9 @@ def _add_how_long(group: argparse._ArgumentGroup) -> None:
         metavar="N",
         help="steps between checkpoints; 0: at the end only (default: a quarter)",
     )
+    group.add_argument(
+        "--keep-last", type=_whole(0), metavar="N", help="checkpoints to keep; 0: all (default: 2, or the --config's)"
+    )
 
 
 def _add_output(group: argparse._ArgumentGroup) -> None:
@@ -154,8 +172,9 @@ def _add_output(group: argparse._ArgumentGroup) -> None:
         "--resume",
         nargs="?",
         const="",
-        metavar="DIR",
-        help="go on with the run in DIR (default: in --output), same flags",
+        metavar="DIR|auto",
+        help="go on with the run in DIR (default: in --output), same flags; `auto`: with the one in --output from its "
+        "newest checkpoint that is whole, or begin if there is none",
     )
     group.add_argument(
         "--cache", metavar="DIR", help="where tokenised text is kept (default: .craken_cache beside the output)"
@@ -165,18 +184,17 @@ def _add_output(group: argparse._ArgumentGroup) -> None:
 def resolve(given: Mapping[str, Any], *, has_accelerator: bool) -> Options:
     """Complete the given flags; ValueError when they contradict each other or name what is not there."""
     given = dict(given)
-    resume = given.pop("resume", None)
+    folder = given.pop("resume", None)
     given.pop("local_rank", None)
-    if resume is not None:
-        given = _with_earlier(given, resume)
+    resume = Resume.NEVER if folder is None else Resume.IF_POSSIBLE if folder == AUTO else Resume.ALWAYS
+    if resume is not Resume.NEVER:
+        given = _with_earlier(given, folder)
     config = _read_config(given.get("config"))
     model = given.get("model", "small")
     preset = PRESETS.get(model, PRESETS["small"])
     zero = given.get("zero", _stage_in(config))
-    output = (
-        Path(given["output"]) if "output" in given else _free_folder(Path("runs", f"{Path(model).stem}-zero{zero}"))
-    )
-    if resume is None and (output / "metrics.jsonl").exists():
+    output = Path(given["output"]) if "output" in given else _free_folder(_default_output(model, zero))
+    if resume is Resume.NEVER and (output / "metrics.jsonl").exists():
         raise ValueError(f"{output} already holds a run; go on with it (--resume {output}) or choose another --output")
     steps = given.get("steps", preset.steps)
     return Options(
@@ -202,7 +220,8 @@ def resolve(given: Mapping[str, Any], *, has_accelerator: bool) -> Options:
         output=output,
         cache=Path(given["cache"]) if "cache" in given else output.parent / ".craken_cache",
         prompt=given.get("prompt", DEFAULT_PROMPT),
-        is_resuming=resume is not None,
+        resume=resume,
+        keep_last=given.get("keep_last", KEPT_CHECKPOINTS),
         given=given,
     )
 
@@ -213,20 +232,41 @@ def save_given(options: Options, *, num_ranks: int) -> None:
     if options.preset is None:
         paths["model"] = str(Path(options.model).expanduser().resolve())
     text = json.dumps({**options.given, **paths, "ranks": num_ranks}, indent=2)
-    (options.output / "flags.json").write_text(text + "\n", "utf-8")
+    file = options.output / FLAGS
+    partial = file.with_name(FLAGS + ".partial")
+    partial.write_text(text + "\n", "utf-8")
+    partial.replace(file)
 
 
 def _with_earlier(given: dict[str, Any], resume: str) -> dict[str, Any]:
     """Return the flags of the run in `resume` (or in --output), overridden by those given now."""
+    if resume == AUTO:
+        return _with_earlier_if_any(given)
     folder = resume or given.get("output", "")
     if not folder:
         raise ValueError(
             "--resume without a folder needs --output; write --resume DIR, the folder of the run to go on with"
         )
-    file = Path(folder) / "flags.json"
+    file = Path(folder) / FLAGS
     if not file.exists():
         raise ValueError(f"--resume {folder}: no run of craken train there (no {file}); expected a run's output folder")
     return {**json.loads(file.read_text("utf-8")), **given, "output": folder}
+
+
+def _with_earlier_if_any(given: dict[str, Any]) -> dict[str, Any]:
+    """Return the flags of the run in --output, if there is one, overridden by those given now.
+
+    The folder must be the same each time: the default one is without a number.
+    """
+    zero = given.get("zero", _stage_in(_read_config(given.get("config"))))
+    output = given.get("output", str(_default_output(given.get("model", "small"), zero)))
+    file = Path(output) / FLAGS
+    earlier = json.loads(file.read_text("utf-8")) if file.exists() else {}
+    return {**earlier, **given, "output": output}
+
+
+def _default_output(model: str, zero: int) -> Path:
+    return Path("runs", f"{Path(model).stem}-zero{zero}")
 
 
 def _free_folder(wanted: Path) -> Path:

@@ -33,7 +33,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run `craken train` with these flags (default: the command line's) and return the exit code.
 
     Started without RANK in the environment it prepares the data, then starts the ranks itself; with RANK it is one of
-    them. 0: done; 2: wrong input, told in one line; 130 and 143: stopped by Ctrl-C and SIGTERM, with a checkpoint.
+    them. 0: done, or stopped by SIGTERM with a checkpoint; 2: wrong input, told in one line; 130: stopped by Ctrl-C,
+    with a checkpoint.
     """
     argv = sys.argv[1:] if argv is None else argv
     given = parse(argv)
@@ -43,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
         sys.stderr.write(f"craken train: {error}\n")
         return WRONG_INPUT
     except KeyboardInterrupt:
-        return Stop.INTERRUPTED.value
+        return Stop.INTERRUPTED.exit_code
 
 
 def _start(given: Mapping[str, Any], argv: list[str]) -> int:
@@ -80,7 +81,7 @@ def _run_rank(given: Mapping[str, Any]) -> int:
         if axis.rank == 0:
             _finish(trainer, end, console)
     shutdown()
-    return 0 if end.stop is None else end.stop.value
+    return 0 if end.stop is None else end.stop.exit_code
 
 
 def _plan_or_problem(given: Mapping[str, Any], num_ranks: int, console: Console) -> Plan | str:
@@ -109,7 +110,8 @@ def _finish(trainer: Trainer, end: RunEnd, console: Console) -> None:
     options = trainer.plan.options
     if end.is_cut_short:
         trainer.write_report()
-        console.print(f"\nstopped after step {end.step} of {options.steps}; checkpoint saved. Go on with:")
+        by = " by SIGTERM" if end.stop is Stop.TERMINATED else ""
+        console.print(f"\nstopped{by} after step {end.step} of {options.steps}; checkpoint saved. Go on with:")
         console.print(f"  {resume_command(options)}", soft_wrap=True)
         return
     completion = huggingface.complete(options.output / MODEL, options.prompt)

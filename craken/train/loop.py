@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -16,8 +15,10 @@ from rich.console import Console
 from torch import Tensor
 
 import craken
-from craken.comm import MeshAxis, bytes_sent, get_accelerator, world_axis
+from craken.checkpoint import newest_whole
+from craken.comm import MeshAxis, broadcast_object, bytes_sent, get_accelerator, world_axis
 from craken.train import huggingface
+from craken.train.arguments import Resume
 from craken.train.evaluate import validate
 from craken.train.metrics import EvalMetrics, MetricsFile, StepMetrics
 from craken.train.prepare import Plan
@@ -26,7 +27,7 @@ from craken.train.report import write_report
 from craken.train.stop import Stop, StopRequest, agree
 from craken.train.windows import Batch, Windows, predicted_tokens, unigram_entropy, validation_numbers
 
-KEPT_CHECKPOINTS = 2
+CHECKPOINTS = "checkpoints"  # the folder in the output
 
 
 @dataclass(frozen=True)
@@ -61,8 +62,8 @@ class Trainer:
         self.axis: MeshAxis = world_axis()
         self.device = get_accelerator().device()
         self.elapsed_s = 0.0  # of training, over all parts of an interrupted run
-        first_step = self._load() if options.is_resuming else 0
         self.is_first_rank = self.axis.rank == 0
+        first_step = self._load()
         self.metrics = (
             MetricsFile(options.output / "metrics.jsonl", last_step=first_step) if self.is_first_rank else None
         )
@@ -86,16 +87,14 @@ class Trainer:
                     self._validate(progress)
                 if is_last or (options.save_every and row.step % options.save_every == 0):
                     self.save()
+        self.engine.wait_for_checkpoint()
         return RunEnd(self.engine.global_steps, stop)
 
     def save(self) -> None:
-        """Collective: write a checkpoint and drop the oldest ones."""
-        folder = self.plan.options.output / "checkpoints"
+        """Collective: write a checkpoint; the engine drops old ones."""
+        folder = self.plan.options.output / CHECKPOINTS
         state = {"elapsed_s": self.elapsed_s}
         self.engine.save_checkpoint(str(folder), tag=f"step{self.engine.global_steps}", client_state=state)
-        if self.is_first_rank:
-            for old in _checkpoints(folder)[:-KEPT_CHECKPOINTS]:
-                shutil.rmtree(old, ignore_errors=True)
 
     def save_model(self, folder: Path) -> None:
         """Collective: write the model as `from_pretrained` reads it; its weights are whole on all ranks meanwhile."""
@@ -184,12 +183,26 @@ class Trainer:
                 yield {name: tensor.to(self.device) for name, tensor in batch.items()}
 
     def _load(self) -> int:
-        folder = self.plan.options.output / "checkpoints"
-        path, state = self.engine.load_checkpoint(str(folder))
+        """Collective: go on from a checkpoint if the run is to; returns the steps done."""
+        folder, resume = self.plan.options.output / CHECKPOINTS, self.plan.options.resume
+        tag = None
+        if resume is Resume.NEVER:
+            return 0
+        if resume is Resume.IF_POSSIBLE:
+            tag = broadcast_object(self._newest_whole(folder) if self.is_first_rank else None, self.axis)
+            if tag is None:
+                return 0
+        path, state = self.engine.load_checkpoint(str(folder), tag=tag)
         if path is None or state is None:
             raise ValueError(f"--resume: no checkpoint in {folder}; start again with another --output")
         self.elapsed_s = float(state["elapsed_s"])
         return int(self.engine.global_steps)
+
+    def _newest_whole(self, folder: Path) -> str | None:
+        found = newest_whole(folder)
+        for tag, reason in found.damaged.items():
+            self.console.print(f"passing over the damaged checkpoint {tag}: {reason}", soft_wrap=True, markup=False)
+        return found.tag
 
 
 def run_facts(plan: Plan, num_parameters: int, num_ranks: int) -> dict[str, str]:
@@ -226,8 +239,3 @@ def _rates(params: dict[str, Any]) -> str:
 def describe(plan: Plan) -> dict[str, Any]:
     """Return the whole run as plain data, for `run.json`."""
     return {"config": plan.config, "data": asdict(plan.cache.meta), "batch": plan.batch._asdict()}
-
-
-def _checkpoints(folder: Path) -> list[Path]:
-    found = [path for path in folder.glob("step*") if path.is_dir() and path.name[4:].isdigit()]
-    return sorted(found, key=lambda path: int(path.name[4:]))

@@ -23,6 +23,7 @@ def engine_config(options: Options) -> dict[str, Any]:
     _set_precision(config, options)
     _set_optimizer(config, options)
     _set_schedule(config, options)
+    _set_checkpoints(config, options)
     if not options.config:
         config |= {"gradient_clipping": GRADIENT_CLIPPING, "steps_per_print": QUIET}
     return {**config, "dataloader_drop_last": True}  # every micro-batch is whole, so that tokens a step are constant
@@ -104,6 +105,14 @@ def _set_schedule(config: dict[str, Any], options: Options) -> None:
                 "cos_min_ratio": FINAL_LR_RATIO,
             },
         }
+
+
+def _set_checkpoints(config: dict[str, Any], options: Options) -> None:
+    section = config.get("checkpoint") or {}
+    if not isinstance(section, dict):
+        return  # the library's own check says what is wrong
+    if "keep_last" in options.given or "keep_last" not in section:
+        config["checkpoint"] = {**section, "keep_last": options.keep_last or None}
 
 
 def _is_set(section: dict[str, Any], key: str) -> bool:

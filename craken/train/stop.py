@@ -24,11 +24,16 @@ SAME_PRESS_S = 0.5  # a terminal and a launcher may both deliver one Ctrl-C
 
 
 class Stop(Enum):
-    """Why a run ends before its last step; the value is the exit code."""
+    """Why a run ends before its last step, the weightiest reason first; the value says it in a word."""
 
-    INTERRUPTED = 130
-    TERMINATED = 143
-    OUT_OF_TIME = 0
+    INTERRUPTED = "Ctrl-C"
+    TERMINATED = "SIGTERM"
+    OUT_OF_TIME = "time"
+
+    @property
+    def exit_code(self) -> int:
+        """130 for Ctrl-C; 0 for SIGTERM: a machine that is taken away has got what it asked for, a checkpoint."""
+        return 130 if self is Stop.INTERRUPTED else 0
 
 
 class StepEnd(NamedTuple):

@@ -59,6 +59,7 @@ from craken.zero.room import mapped_bytes
 from craken.zero.rules import GroupRules, Replication, Sources, Wire
 from craken.zero.shelf import DiskSettings, Kind, Shelf
 from craken.zero.swapping import StateSwap, SwapSettings
+from craken.zero.unfinished import can_load, gradient_state, load_gradient_state
 from craken.zero.units import whole_numel
 from craken.zero.weights import ZeroParamStatus
 
@@ -103,12 +104,15 @@ __all__ = [
     "Wire",
     "ZeroParamStatus",
     "bytes_by_place",
+    "can_load",
     "external_parameters",
     "get_z3_leaf_modules",
+    "gradient_state",
     "hold_states",
     "is_castable",
     "is_in_backward",
     "keep_freed_memory",
+    "load_gradient_state",
     "mapped_bytes",
     "mark_leaves",
     "paused",

@@ -15,6 +15,7 @@ Where the optimizer's states have left the device, each backward's sum follows t
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -300,6 +301,11 @@ class GroupGradients:
         """The buffers that lie in the host's memory and not on the device."""
         return self._host.memory
 
+    @property
+    def has_any(self) -> bool:
+        """Gradients have come since the last step, reduced or not."""
+        return self.has_pending or self.has_reduced or any(self.touched)
+
     def drop(self) -> None:
         """Forget all gradients and give their memory back: the next forward's activations can use it."""
         if self._room is not None and self._reduced_shard is self._room.flat:
@@ -318,6 +324,40 @@ class GroupGradients:
         """Assert that nothing is under way."""
         assert self._work is None, f"{self.label}: a collective is under way"
         assert self._travelling is None, f"{self.label}: a gradient buffer was forgotten"
+
+
+def kept_as(gradients: GroupGradients) -> str:
+    """Say in which sizes, dtypes and places sums are kept: what `state_of` returns fits where this is the same."""
+    rules, layout, wire = gradients.rules, gradients.layout, gradients.wire
+    numels = f"{layout.padded_numel}/{layout.shard_numel} for rank {wire.axis.rank} x {wire.num_replicas}"
+    dtypes = f"{gradients.accumulate_dtype}, {gradients._pending_dtype}"
+    places = f"{gradients.leaves_device}, {rules.retains_full_grads}"
+    return f"{gradients.label}: {numels}, {dtypes}, {rules.predivide}, {places}"
+
+
+def state_of(gradients: GroupGradients) -> dict[str, Any]:
+    """Return what has come since the last step: flags, and tensors on loan."""
+    g, shard = gradients, gradients._reduced_shard
+    if shard is not None and g._room is not None and shard.untyped_storage().resizable():
+        shard = shard.clone()  # a small room shrinks, which storage seen through numpy does not
+    on_host = g._host.values if g._is_on_host and g.has_reduced else None
+    flags = {"filled": [*g._filled], "touched": [*g.touched], "reduced": g.has_reduced, "has_total": g._has_total}
+    held = {"pending": g._pending, "retained": g._retained, "shard": shard, "total": g._total}
+    return {**flags, **held, "host": on_host}
+
+
+def load_state(gradients: GroupGradients, state: dict[str, Any]) -> None:
+    """Take back what `state_of` returned; `kept_as` says the same as then, and nothing has come since."""
+    g, device = gradients, gradients.wire.device
+    held = {name: state[name] for name in ("pending", "retained", "total") if state[name] is not None}
+    moved = {name: tensor.to(device, copy=True) for name, tensor in held.items()}
+    g._pending, g._retained, g._total = map(moved.get, ("pending", "retained", "total"))
+    if state["shard"] is not None:
+        g._reduced_shard = g._memory_for_sum().copy_(state["shard"])
+    if state["host"] is not None:
+        g._host.fill(state["host"])
+    g._filled, g.touched = state["filled"], state["touched"]
+    g.has_reduced, g._has_total = state["reduced"], state["has_total"]
 
 
 def _is_sole_owner(tensor: Tensor) -> bool:

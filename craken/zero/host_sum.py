@@ -64,6 +64,12 @@ class HostSum:
         """Take the norms anew: somebody has written to `values`."""
         self._norms = [norm.to(self._link.device) for norm in piece_norms(self.values)]
 
+    def fill(self, values: Tensor) -> None:
+        """Take a sum [numel] from elsewhere in place of what is here."""
+        self._memory_for(values.dtype)
+        self.values.copy_(values)
+        self.changed()
+
     def convert(self, dtype: torch.dtype) -> None:
         """Hold what has been summed so far in another dtype."""
         values, self._memory = self.values, None

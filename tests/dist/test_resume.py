@@ -31,7 +31,7 @@ class Model(nn.Module):
         return self.last(F.dropout(self.frozen(self.first(x)).relu(), 0.2, self.training))
 
 
-def start(stage: int, precision: str, seed: int, swap_folder: str = "") -> Any:
+def start(stage: int, precision: str, seed: int, swap_folder: str = "", **sections: Any) -> Any:
     import craken
 
     torch.manual_seed(seed)
@@ -50,6 +50,7 @@ def start(stage: int, precision: str, seed: int, swap_folder: str = "") -> Any:
         },
         "bf16": {"enabled": precision == "bf16"},
         "fp16": {"enabled": precision == "fp16", "auto_cast": True, "initial_scale_power": 8},
+        **sections,
     }
     return craken.initialize(model=Model(), training_data=data, config=config)
 

@@ -157,6 +157,33 @@ def test_ctrl_c_saves_and_resuming_continues_the_same_curve_to_the_bit(place, wh
     assert _curve(place / "stopped") == _curve(whole)
 
 
+def test_sigterm_saves_and_exits_0_and_the_same_command_goes_on_from_the_newest_whole_checkpoint(place, whole) -> None:
+    run = place / "taken"
+    argv = [*BASE, "--data", "text", "--output", "taken", "--resume", "auto"]
+    process = subprocess.Popen(_command(*argv), cwd=place, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    _wait_for_step(run, process, 7)  # a checkpoint of step 5 is there; lines count validations too
+    process.send_signal(signal.SIGTERM)
+    shown, problems = process.communicate(timeout=120)
+    assert process.returncode == 0, problems
+    assert "Traceback" not in problems
+    last = _rows(run)[-1]["step"]
+    assert 5 < last < STEPS
+    assert f"stopped by SIGTERM after step {last} of {STEPS}; checkpoint saved" in shown
+    assert {path.name for path in (run / "checkpoints").iterdir()} == {"step5", f"step{last}", "latest"}
+    damaged = run / "checkpoints" / f"step{last}" / "rank-00001.safetensors"
+    content = bytearray(damaged.read_bytes())
+    content[len(content) // 2] ^= 1
+    damaged.write_bytes(content)
+
+    again = _run(place, *argv)
+    assert again.returncode == 0, again.stderr
+    assert f"passing over the damaged checkpoint step{last}: " in again.stdout
+    assert "rank-00001.safetensors" in again.stdout
+    assert "going on after step 5" in again.stdout
+    assert _curve(run) == _curve(whole)
+    assert {path.name for path in (run / "checkpoints").iterdir()} == {"step10", "step12", "latest"}
+
+
 def test_a_launchers_ranks_are_used_as_they_are(place) -> None:
     code = (
         "import sys; from craken.launch import launch_local; "

@@ -89,6 +89,9 @@ CHECKPOINTS = [
     KnownKey("checkpoint", WORKS, {"tag_validation": "fail"}, "saving and loading"),
     *rows(
         "checkpoint",
+        ("async_save", WORKS, True, "copy to host memory, write in the background; see wait_for_checkpoint()"),
+        ("keep_last", WORKS, 3, "after a save, delete older checkpoints in its folder beyond this many; null: none"),
+        ("save_gradients", WORKS, True, "save those of an unfinished accumulation too, to go on in the middle of it"),
         ("tag_validation", LATER, "fail", "tags are not compared between ranks"),
         ("load_universal", ALWAYS, True, "every checkpoint loads on any number of ranks"),
         ("use_node_local_storage", LATER, True, "checkpoints go to one folder that all ranks see"),
@@ -100,7 +103,7 @@ CHECKPOINTS = [
     *section(
         "checkpoint.writer",
         NO_EFFECT,
-        "there is one writer",
+        "there is one writer; to have it work in the background, set checkpoint.async_save",
         type="python",
         decoupled=True,
         io_buffer_size=64e6,
@@ -131,7 +134,7 @@ CHECKPOINTS = [
         persistent_time_interval=60,
         num_of_version_in_retention=3,
     ),
-    KnownKey("datastates_ckpt", NO_EFFECT, {"host_cache_size": 16}, "the library is not supported"),
+    KnownKey("datastates_ckpt", NO_EFFECT, {"host_cache_size": 16}, "not supported; set checkpoint.async_save"),
 ]
 
 SPLITTING = [

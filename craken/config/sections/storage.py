@@ -35,6 +35,9 @@ class Checkpoint(Section):
     load_universal: Flag = False
     use_node_local_storage: Flag = False
     checkpoint_serialization: Flag = True
+    async_save: Flag = False
+    keep_last: PositiveCount | None = None
+    save_gradients: Flag = False
     parallel_write: ParallelWrite = Field(default_factory=ParallelWrite)
     writer: CheckpointWriter | None = None
 

@@ -86,6 +86,10 @@ def gathering_threads(num_ranks: int):
         yield
 
 
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
 def flip(path: Path, position: int, mask: int = 1) -> None:
     """Flip bits of one byte of a file in place."""
     data = bytearray(path.read_bytes())

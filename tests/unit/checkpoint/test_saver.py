@@ -18,6 +18,7 @@ from craken.comm import MeshAxis
 from tests.unit.checkpoint.ranks import (
     ONE_RANK,
     Brought,
+    names,
     numbers,
     run_ranks_as_threads,
     save_on_ranks,
@@ -25,10 +26,6 @@ from tests.unit.checkpoint.ranks import (
     shard,
     whole,
 )
-
-
-def names(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from craken.train.arguments import build_parser, parse, resolve, save_given
+from craken.train.arguments import Resume, build_parser, parse, resolve, save_given
 
 
 @pytest.fixture(autouse=True)
@@ -54,10 +54,25 @@ def test_a_run_goes_on_with_its_own_flags_and_those_given_now(tmp_path) -> None:
     first.output.mkdir()
     save_given(first, num_ranks=2)
     again = _resolve("--resume", "run", "--steps", "12")
-    assert (again.model, again.steps, again.ranks, again.is_resuming) == ("tiny", 12, 2, True)
+    assert (again.model, again.steps, again.ranks, again.resume) == ("tiny", 12, 2, Resume.ALWAYS)
     assert again.data == tmp_path / "text"  # absolute: resuming works from another folder
     assert again.output == Path("run")
     assert _resolve("--output", "run", "--resume").output == Path("run")
+
+
+def test_auto_begins_in_a_folder_that_stays_the_same_and_goes_on_with_its_flags(tmp_path) -> None:
+    argv = ("--model", "tiny", "--zero", "1", "--resume", "auto")
+    first = _resolve(*argv, "--seed", "3")
+    assert (first.output, first.resume) == (Path("runs/tiny-zero1"), Resume.IF_POSSIBLE)
+    first.output.mkdir(parents=True)
+    (first.output / "metrics.jsonl").write_text("")  # killed before its first checkpoint: no reason to refuse
+    assert _resolve(*argv).output == first.output
+    save_given(first, num_ranks=2)
+    again = _resolve(*argv, "--steps", "9")
+    assert (again.output, again.seed, again.ranks, again.steps) == (first.output, 3, 2, 9)
+    assert _resolve("--output", "run", "--resume", "auto").output == Path("run")
+    (tmp_path / "ds.json").write_text(json.dumps({"zero_optimization": {"stage": 3}}))
+    assert _resolve("--config", "ds.json", "--resume", "auto").output == Path("runs/small-zero3")
 
 
 MISTAKES = [

@@ -95,3 +95,13 @@ def test_offload_is_dropped_where_a_flag_lowers_the_stage_below_it() -> None:
 
 def test_the_schedule_ends_with_the_run() -> None:
     assert _config(None, "--steps", "50")["scheduler"]["params"]["total_num_steps"] == 50
+
+
+def test_old_checkpoints_are_dropped_by_the_engine_and_the_rest_of_the_section_stands() -> None:
+    assert _config(None)["checkpoint"] == {"keep_last": 2}
+    assert _config(None, "--keep-last", "0")["checkpoint"] == {"keep_last": None}
+    file = {"checkpoint": {"async_save": True, "keep_last": 7}}
+    assert _config(file)["checkpoint"] == file["checkpoint"]
+    assert _config(file, "--keep-last", "3")["checkpoint"] == {"async_save": True, "keep_last": 3}
+    assert load_config(_config({"checkpoint": {}})).checkpoint.keep_last == 2
+    assert load_config(_config({"checkpoint": {"keep_last": None}})).checkpoint.keep_last is None

@@ -28,6 +28,10 @@ def test_a_signal_is_noted_and_the_step_goes_on(signum, expected) -> None:
     assert signal.getsignal(signum) is before
 
 
+def test_a_machine_taken_away_ends_well_and_ctrl_c_does_not() -> None:
+    assert [stop.exit_code for stop in Stop] == [130, 0, 0]
+
+
 def test_a_second_press_ends_the_process_at_once() -> None:
     code = (
         "import os, signal, time\n"

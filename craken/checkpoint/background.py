@@ -1,0 +1,238 @@
+"""Saves in the background: training stands still while this rank's pieces are copied, not while they are written.
+
+    main thread     | announce | copy |  steps ......................... | next save or `wait`: raises what went wrong
+    writer thread                     | write, fsync, tell |
+    rank 0's                          | write, fsync | read all, publish, tell |
+                                                                              `--> every rank's writer takes it
+
+What ranks agree on before anything is written goes by collectives on the main thread, as in saver.py. How it went they
+tell each other through the job's store: training's own collectives run meanwhile, and a thread's among them would come
+in another order on every rank. Each writer leaves a letter about its file; rank 0's reads all, gives the folder its
+name or deletes it, and leaves the verdict, which is the same everywhere.
+
+The copy is of what this rank writes (replicated tensors are shared out before), in host memory that is kept from save
+to save, pinned where there is CUDA: the price of a save in the background is that memory, once. The writer thread is
+no daemon: the interpreter waits for it.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Iterable
+from concurrent.futures import Future
+from concurrent.futures import wait as wait_for
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.profiler import record_function
+
+from craken.checkpoint import folder as folders
+from craken.checkpoint.agreement import Failure, combined, failure_of, run_on_all
+from craken.checkpoint.entry import Piece, bytes_of
+from craken.checkpoint.index import WrittenFile
+from craken.checkpoint.place import Place
+from craken.checkpoint.saver import Prepared, Target, prepare, publish, write
+from craken.comm import Mailbox, MeshAxis
+from craken.disk import pages
+from craken.log import log_dist, logger, warn_once
+
+PATIENCE_S = 300.0  # from the end of a rank's own file to the others' letters, with _PATIENCE_RATIO of its own time
+_PATIENCE_RATIO = 20
+_FAREWELL_S = 10.0  # how long rank 0, which may serve the store, stays for others to read the verdict
+_ALIGNMENT_BYTES = 64
+_VERDICT = "the verdict"
+
+_Outcome = WrittenFile | Failure
+
+
+class Stall(NamedTuple):
+    """How long training stood still for a save on this rank: in all, for the save before, and for the copy alone."""
+
+    seconds: float
+    waited_s: float
+    copy_s: float
+    num_bytes: int
+
+
+class BackgroundSaver:
+    """Saves of one engine, one under way at a time: IDLE -> WRITING -> IDLE, by `save` and `wait`."""
+
+    def __init__(self) -> None:
+        self.stall: Stall | None = None  # of the last save
+        self._memory = torch.empty(0, dtype=torch.uint8, device="cpu")
+        self._under_way: Future[None] | None = None
+
+    @property
+    def is_writing(self) -> bool:
+        """A save is under way."""
+        return self._under_way is not None and not self._under_way.done()
+
+    def save(
+        self,
+        target: Target,
+        pieces: Iterable[Piece],
+        *,
+        axis: MeshAxis,
+        rank_state: dict[str, Any],
+        shared_state: dict[str, Any],
+    ) -> Place:
+        """Collective over `axis`: begin a save as `saver.save` does, and return once everything is copied.
+
+        Waits for the save before, and raises its failure if it had one: nothing is begun then. Errors before the
+        writing are raised here, all later ones at the next `save` or `wait`, on all ranks. `pieces` are free on return.
+        """
+        start_s = time.perf_counter()
+        if self.is_writing:
+            warn_once("a checkpoint is to be saved while the one before is still being written: training waits for it")
+        self.wait()
+        waited_s = time.perf_counter() - start_s
+        with record_function(f"craken::checkpoint::copy ({target.tag})"):
+            prepared = prepare(target, pieces, axis=axis, rank_state=rank_state, shared_state=shared_state)
+            try:
+                (tensors, copy_s), _ = run_on_all(lambda: (self._copied(prepared), None), axis, doing=target.doing)
+                without_pieces = prepared._replace(plan=prepared.plan._replace(pieces=[]))
+                writing = _Writing(without_pieces, tensors, Mailbox(prepared.path.name, axis), axis)
+                self._under_way = _start(writing)
+            except BaseException:
+                if prepared.staging is not None:
+                    folders.discard(prepared.staging)
+                raise
+        num_bytes = sum(tensor.numel() for tensor in tensors)
+        self.stall = Stall(time.perf_counter() - start_s, waited_s, copy_s, num_bytes)
+        return target.folder / target.tag
+
+    def wait(self) -> None:
+        """Return once the save under way, if any, is on the disk; call it on all ranks.
+
+        Raises the save's failure, once: OSError when a file system refused, else RuntimeError, the same on all ranks;
+        RuntimeError alone on ranks that the others have left.
+        """
+        if self._under_way is None:
+            return
+        wait_for([self._under_way])  # an interrupt leaves it under way: its copy may not be written over
+        done, self._under_way = self._under_way, None
+        done.result()
+
+    def _copied(self, prepared: Prepared) -> tuple[list[Tensor], float]:
+        """Copy what this rank writes; returns host tensors, uint8 [num_bytes of an entry], and the copy's seconds."""
+        sources = [bytes_of(prepared.plan.pieces[i].tensor) for i in prepared.to_write]
+        starts, end = [], 0
+        for source in sources:
+            starts.append(end)
+            end += -(-source.numel() // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
+        if self._memory.numel() < end:
+            self._memory = torch.empty(0, dtype=torch.uint8, device="cpu")  # gone before the larger one comes
+            self._memory = _host_memory(end)
+        start_s = time.perf_counter()
+        copies = [self._memory[start : start + source.numel()] for start, source in zip(starts, sources, strict=True)]
+        for copy, source in zip(copies, sources, strict=True):
+            copy.copy_(source, non_blocking=True)
+        for device in {source.device for source in sources if source.is_cuda}:
+            torch.cuda.current_stream(device).synchronize()
+        return copies, time.perf_counter() - start_s
+
+
+class _Writing(NamedTuple):
+    """One save under way: what its thread works on."""
+
+    prepared: Prepared
+    tensors: list[Tensor]
+    mailbox: Mailbox
+    axis: MeshAxis
+
+
+def _start(writing: _Writing) -> Future[None]:
+    result: Future[None] = Future()
+    threading.Thread(target=_run, args=(writing, result), name="craken-checkpoint-writer", daemon=False).start()
+    return result
+
+
+def _run(writing: _Writing, result: Future[None]) -> None:
+    """Write, agree, and set the result; what went wrong is logged too, for who never asks."""
+    target, start_s = writing.prepared.target, time.perf_counter()
+    path = target.folder / target.tag
+    try:
+        with record_function(f"craken::checkpoint::write ({target.tag})"):
+            verdict = _write_and_agree(writing)
+    except Exception as error:  # noqa: BLE001 - raised at the next call; of this rank alone: it has lost the others
+        logger.error("[rank %d] %s may not have been saved: %s", writing.axis.rank, path, error)
+        result.set_exception(RuntimeError(f"{target.doing}: rank {writing.axis.rank} has lost the others: {error}"))
+        return
+    if any(verdict):
+        problem = combined(verdict, target.doing)
+        log_dist(f"{path} was not saved: {problem}", level=logging.ERROR)
+        result.set_exception(problem)
+    else:
+        num_bytes = sum(tensor.numel() for tensor in writing.tensors)
+        log_dist(f"saved {path}: {num_bytes:,} bytes of rank 0 in {time.perf_counter() - start_s:.2f} s")
+        result.set_result(None)
+    if writing.axis.rank == 0:
+        _take_leave(writing)
+
+
+def _write_and_agree(writing: _Writing) -> list[Failure | None]:
+    """Return for each rank what went wrong on it."""
+    prepared, tensors, mailbox, axis = writing
+    outcome: _Outcome
+    start_s = time.monotonic()
+    try:
+        outcome = write(prepared, tensors, axis.rank)
+    except Exception as error:  # noqa: BLE001 - all ranks raise it
+        outcome = failure_of(error)
+    patience_s = PATIENCE_S + _PATIENCE_RATIO * (time.monotonic() - start_s)
+    if axis.rank == 0:
+        verdict = _conclude(writing, outcome, patience_s)
+        mailbox.post(_VERDICT, verdict)
+        return verdict
+    mailbox.post(_letter_of(axis.rank), outcome)
+    theirs: list[Failure | None] = mailbox.read([_VERDICT], patience_s=patience_s)[0]
+    mailbox.post(_thanks_of(axis.rank), None)
+    return theirs
+
+
+def _conclude(writing: _Writing, outcome: _Outcome, patience_s: float) -> list[Failure | None]:
+    """Rank 0: put the folder in place once all ranks have written; say for each rank what went wrong on it."""
+    prepared, _, mailbox, axis = writing
+    assert prepared.staging is not None
+    try:
+        others = mailbox.read([_letter_of(rank) for rank in range(1, axis.size)], patience_s=patience_s)
+        outcomes: list[_Outcome] = [outcome, *others]
+        files = [outcome for outcome in outcomes if isinstance(outcome, WrittenFile)]
+        if len(files) < axis.size:
+            return [outcome if isinstance(outcome, Failure) else None for outcome in outcomes]
+        publish(prepared, files)
+        return [None] * axis.size
+    except Exception as error:  # noqa: BLE001 - all ranks raise it
+        return [failure_of(error), *[None] * (axis.size - 1)]
+    finally:
+        folders.discard(prepared.staging)
+
+
+def _take_leave(writing: _Writing) -> None:
+    """Rank 0: stay until the others have read the verdict, then take the letters out of the store."""
+    mailbox, others = writing.mailbox, range(1, writing.axis.size)
+    thanks = [_thanks_of(rank) for rank in others]
+    try:
+        mailbox.read(thanks, patience_s=_FAREWELL_S)
+    except (TimeoutError, RuntimeError):  # a rank that is gone reads no more
+        return
+    mailbox.clear([_VERDICT, *thanks, *(_letter_of(rank) for rank in others)])
+
+
+def _letter_of(rank: int) -> str:
+    return f"rank {rank}"
+
+
+def _thanks_of(rank: int) -> str:
+    return f"thanks of rank {rank}"
+
+
+def _host_memory(num_bytes: int) -> Tensor:
+    try:
+        return pages(num_bytes, pinned=True)
+    except RuntimeError as error:
+        warn_once(f"copies for checkpoints go to memory that is not pinned, at a lower rate: {error}")
+        return pages(num_bytes)

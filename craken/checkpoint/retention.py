@@ -1,0 +1,91 @@
+"""Which checkpoints of a folder are the newest, and which may go.
+
+A checkpoint's age is the modification time of its index, the last file written before the folder got its name; copies
+that keep times (`cp -a`, `rsync -a`) keep the order. A checkpoint whose index is damaged, or with a file that is
+missing or of another size, counts for nothing: it takes no place among those that are kept.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+from craken.checkpoint import folder as folders
+from craken.checkpoint.blocks import size_problem
+from craken.checkpoint.errors import CheckpointDamaged, CheckpointNotFound
+from craken.checkpoint.index import INDEX_NAME, read_index
+from craken.checkpoint.verifier import verify
+from craken.log import warn_once
+
+
+def newest_first(folder: str | os.PathLike[str]) -> list[str]:
+    """Return the tags in `folder` in the order in which they were saved, the last one first; none without a folder."""
+    tags = folders.list_tags(Path(folder))[::-1]  # numbers in order: for those whose times are equal
+    times = {tag: _saved_at(folders.find(Path(folder), tag)[1]) for tag in tags}
+    return sorted(tags, key=lambda tag: -times[tag])
+
+
+class Found(NamedTuple):
+    """The newest whole checkpoint (None: there is none), and what is wrong with each newer one, by tag."""
+
+    tag: str | None
+    damaged: dict[str, str]
+
+
+def newest_whole(folder: str | os.PathLike[str]) -> Found:
+    """Read checkpoints in `folder` in full, the newest first, until every byte of one is right."""
+    damaged: dict[str, str] = {}
+    for tag in newest_first(folder):
+        try:
+            damage = [item.reason for item in verify(folders.find(Path(folder), tag)[1])]
+        except (ValueError, OSError) as error:  # a newer release's; or nobody can read it
+            damage = [str(error)]
+        if not damage:
+            return Found(tag, damaged)
+        damaged[tag] = damage[0] + (f" (and {len(damage) - 1} more like it)" if damage[1:] else "")
+    return Found(None, damaged)
+
+
+def delete_older(folder: Path, *, keep_last: int) -> None:
+    """Delete the checkpoints in `folder` that are older than its `keep_last` newest whole ones.
+
+    Never that which `latest` names, nor folders that are no checkpoints or of a newer format. A deletion that a kill
+    cuts short leaves no half of a checkpoint under a tag: the folder loses its name first.
+    """
+    named, num_whole = _named_by_latest(folder), 0
+    for tag in newest_first(folder):
+        path = folders.find(folder, tag)[1]
+        try:
+            is_whole = _is_whole(path)
+        except ValueError:  # a newer release's
+            continue
+        if num_whole >= keep_last and tag != named:
+            _delete(path)
+        num_whole += is_whole
+
+
+def _delete(path: Path) -> None:
+    try:
+        folders.delete_tag(path)
+    except OSError as error:  # the new checkpoint is on the disk: that has worked
+        warn_once(f"cannot delete the old checkpoint {path} ({error}); remove it by hand")
+
+
+def _is_whole(path: Path) -> bool:
+    """Claim that the index can be read and that all files are there; ValueError for a newer format."""
+    try:
+        return all(size_problem(path, file) is None for file in read_index(path).files)
+    except CheckpointDamaged:
+        return False
+
+
+def _named_by_latest(folder: Path) -> str | None:
+    try:
+        return folders.find(folder, None)[0]
+    except CheckpointNotFound:
+        return None
+
+
+def _saved_at(path: Path) -> int:
+    return (path / INDEX_NAME).stat().st_mtime_ns
