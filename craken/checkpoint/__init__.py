@@ -5,7 +5,8 @@ from craken.checkpoint.background import BackgroundSaver, Stall
 from craken.checkpoint.clone import clone_tensors_for_torch_save
 from craken.checkpoint.entry import Piece
 from craken.checkpoint.errors import CheckpointDamaged, CheckpointNotFound
-from craken.checkpoint.folder import list_tags
+from craken.checkpoint.folder import has_latest, list_tags
+from craken.checkpoint.place import Place, place_of
 from craken.checkpoint.reader import Reader
 from craken.checkpoint.retention import newest_first, newest_whole
 from craken.checkpoint.saver import Target, save
@@ -17,13 +18,16 @@ __all__ = [
     "CheckpointNotFound",
     "Damage",
     "Piece",
+    "Place",
     "Reader",
     "Stall",
     "Target",
     "clone_tensors_for_torch_save",
+    "has_latest",
     "list_tags",
     "newest_first",
     "newest_whole",
+    "place_of",
     "run_on_all",
     "save",
     "verify",

@@ -23,7 +23,6 @@ import time
 from collections.abc import Iterable
 from concurrent.futures import Future
 from concurrent.futures import wait as wait_for
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -34,6 +33,7 @@ from craken.checkpoint import folder as folders
 from craken.checkpoint.agreement import Failure, combined, failure_of, run_on_all
 from craken.checkpoint.entry import Piece, bytes_of
 from craken.checkpoint.index import WrittenFile
+from craken.checkpoint.place import Place
 from craken.checkpoint.saver import Prepared, Target, prepare, publish, write
 from craken.comm import Mailbox, MeshAxis
 from craken.disk import pages
@@ -78,7 +78,7 @@ class BackgroundSaver:
         axis: MeshAxis,
         rank_state: dict[str, Any],
         shared_state: dict[str, Any],
-    ) -> Path:
+    ) -> Place:
         """Collective over `axis`: begin a save as `saver.save` does, and return once everything is copied.
 
         Waits for the save before, and raises its failure if it had one: nothing is begun then. Errors before the

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
-
 import xxhash
 
 from craken.checkpoint.errors import CheckpointDamaged
 from craken.checkpoint.index import FileRecord, TensorRecord
+from craken.checkpoint.place import OpenFile, Place, num_bytes_of
 from craken.checkpoint.read_plan import BlockRead
 
 BLOCK_BYTES = 8 << 20
@@ -19,10 +17,10 @@ def checksum_of(data: memoryview) -> str:
     return str(xxhash.xxh3_64_hexdigest(data))
 
 
-def size_problem(folder: Path, file: FileRecord) -> str | None:
+def size_problem(folder: Place, file: FileRecord) -> str | None:
     """Say what is wrong with the presence or the size of a file; None when nothing is."""
     try:
-        num_bytes = os.stat(folder / file.name).st_size
+        num_bytes = num_bytes_of(folder / file.name)
     except FileNotFoundError:
         return "is missing"
     if num_bytes != file.num_bytes:
@@ -30,13 +28,13 @@ def size_problem(folder: Path, file: FileRecord) -> str | None:
     return None
 
 
-def read_block(path: Path, fd: int, read: BlockRead, into: memoryview, record: TensorRecord) -> None:
+def read_block(path: Place, file: OpenFile, read: BlockRead, into: memoryview, record: TensorRecord) -> None:
     """Read a whole block into `into` and check it; CheckpointDamaged naming the file and the tensor."""
     where = f"{path / read.file}: {record.kind} of {record.fqn}, bytes [{read.start}, {read.start + read.num_bytes})"
     done = 0
     while done < read.num_bytes:
         try:
-            got = os.preadv(fd, [into[done:]], read.start + done)
+            got = file.read_into(into[done:], read.start + done)
         except OSError as error:
             raise CheckpointDamaged(f"{where} cannot be read ({error}); load another tag") from error
         if got == 0:

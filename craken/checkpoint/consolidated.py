@@ -11,6 +11,7 @@ from torch import Tensor
 
 from craken.checkpoint.index import INDEX_NAME
 from craken.checkpoint.lazy import LazyTensor
+from craken.checkpoint.place import Place
 from craken.checkpoint.reader import Reader
 from craken.spec import ShardSpec
 
@@ -22,7 +23,7 @@ _WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")  # torch.compile, acti
 class Consolidated:
     """A checkpoint's tensors by name, in the order they were saved; `tied` says which other name means the same one."""
 
-    path: Path
+    path: Place
     tensors: dict[str, LazyTensor]
     kinds: dict[str, str]  # name -> WEIGHT, FROZEN or BUFFER
     tied: dict[str, str]  # another name -> the name in `tensors`

@@ -25,6 +25,7 @@ from craken.checkpoint import folder as folders
 from craken.checkpoint import model_files
 from craken.checkpoint.consolidated import BUFFER, FROZEN, Consolidated, consolidate, open_reader
 from craken.checkpoint.lazy import LazyTensor, cast
+from craken.checkpoint.place import Place
 from craken.checkpoint.quantise import Form, config_section, quantise, without_unfit
 from craken.checkpoint.weight_files import Written, parse_size, read_model, write_model
 
@@ -50,7 +51,7 @@ class Changes:
 class Planned:
     """What will be written: the tensors, the dtype to tell, and what config.json says differently."""
 
-    source: Path
+    source: Place
     tensors: dict[str, LazyTensor]
     dtype: torch.dtype
     model_files: Path | None
@@ -109,7 +110,7 @@ def write_export(
     """
     out, max_shard_bytes = Path(out).expanduser(), parse_size(max_shard_size)
     check_target(out)
-    staging = folders.stage(out.absolute().parent, out.absolute().name)
+    staging = folders.stage_folder(out.absolute().parent, out.absolute().name)
     try:
         check_space(staging.path, planned.num_bytes)
         written = write_model(staging.path, planned.tensors, max_shard_bytes=max_shard_bytes, on_bytes=on_bytes)
@@ -163,7 +164,7 @@ def _is_better_in(below: Mapping[str, LazyTensor], plain: str, name: str, found:
 
 
 def _with_adapter(
-    tensors: dict[str, LazyTensor], tied: Mapping[str, str], changes: Changes, checkpoint: Path
+    tensors: dict[str, LazyTensor], tied: Mapping[str, str], changes: Changes, checkpoint: Place
 ) -> tuple[dict[str, LazyTensor], dict[str, str]]:
     """Merge the adapter in a folder, or the one that the checkpoint holds, with the settings in that folder."""
     folder = changes.adapter
@@ -171,7 +172,8 @@ def _with_adapter(
     is_wrapped = adapters.is_wrapped(tensors)
     if folder is None:
         if is_wrapped:
-            near = [path for path in (checkpoint, checkpoint.parent) if (path / adapters.CONFIG_NAME).is_file()]
+            places = (checkpoint, checkpoint.parent) if isinstance(checkpoint, Path) else ()
+            near = [path for path in places if (path / adapters.CONFIG_NAME).is_file()]
             where = str(near[0]) if near else f"FOLDER, where its {adapters.CONFIG_NAME} lies"
             raise ValueError(
                 f"{checkpoint} holds a model with a LoRA adapter around its layers; merge it: --merge-adapter {where}"

@@ -22,10 +22,13 @@ import secrets
 import shutil
 import sys
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, overload
 
+from craken.checkpoint import remote
 from craken.checkpoint.errors import CheckpointNotFound
 from craken.checkpoint.index import INDEX_NAME
+from craken.checkpoint.place import Place, Url, is_file, place_of, read_bytes
+from craken.checkpoint.remote import StagedUrl
 from craken.log import warn_once
 
 LATEST_NAME = "latest"
@@ -36,12 +39,21 @@ _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
 _CANNOT_EXCHANGE = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)
 
 
-class Staging(NamedTuple):
+class StagedFolder(NamedTuple):
     """A folder being written; `lock_fd` keeps other savers from deleting it."""
 
     path: Path
     final: Path
     lock_fd: int
+
+
+class StagedRemotely(NamedTuple):
+    """The same in a remote store."""
+
+    path: StagedUrl
+
+
+Staging = StagedFolder | StagedRemotely
 
 
 def check_tag(tag: str) -> None:
@@ -53,8 +65,11 @@ def check_tag(tag: str) -> None:
         )
 
 
-def list_tags(folder: Path) -> list[str]:
-    """Return the tags in `folder`, numbers in order; checkpoints set aside by an interrupted save count too."""
+def list_tags(folder: str | os.PathLike[str]) -> list[str]:
+    """Return the tags in a folder or under a URL, numbers in order; what an interrupted save set aside counts."""
+    folder = place_of(folder)
+    if isinstance(folder, Url):
+        return sorted(remote.tags_in(folder), key=_with_numbers_in_order)
     tags = set()
     for path in folder.iterdir() if folder.is_dir() else ():
         match = _SET_ASIDE.fullmatch(path.name)
@@ -67,9 +82,18 @@ def _with_numbers_in_order(tag: str) -> list[tuple[int, str]]:
     return [(int(part), "") if i % 2 else (0, part) for i, part in enumerate(_NUMBER.split(tag))]
 
 
-def find(folder: Path, tag: str | None) -> tuple[str, Path]:
-    """Return the tag (None: the one `latest` names) and its folder; CheckpointNotFound listing what there is."""
-    if not folder.is_dir():
+def has_latest(folder: str | os.PathLike[str]) -> bool:
+    """Whether a folder or a URL has a file `latest`."""
+    return is_file(place_of(folder) / LATEST_NAME)
+
+
+@overload
+def find(folder: Path, tag: str | None) -> tuple[str, Path]: ...
+@overload
+def find(folder: Place, tag: str | None) -> tuple[str, Place]: ...
+def find(folder: Place, tag: str | None) -> tuple[str, Place]:
+    """Return the tag (None: the one `latest` names) and its place; CheckpointNotFound listing what there is."""
+    if not (remote.exists(folder) if isinstance(folder, Url) else folder.is_dir()):
         raise CheckpointNotFound(f"checkpoint folder {folder} does not exist")
     tags = list_tags(folder)
     exist = f"tags that exist in it: {', '.join(tags)}" if tags else "no checkpoint exists in it"
@@ -77,16 +101,22 @@ def find(folder: Path, tag: str | None) -> tuple[str, Path]:
         tag = _read_latest(folder, exist)
     else:
         check_tag(tag)
-    for path in (folder / tag, *sorted(folder.glob(f".{_escaped(tag)}.old-*"))):
-        if _is_checkpoint(path):
+    aside = sorted(folder.glob(f".{_escaped(tag)}.old-*")) if isinstance(folder, Path) else []
+    for path in (folder / tag, *aside):
+        if is_file(path / INDEX_NAME):
             return tag, path
-    if (folder / tag).is_dir():
+    if isinstance(folder, Path) and (folder / tag).is_dir():
         raise CheckpointNotFound(f"{folder / tag} holds no {INDEX_NAME}, so it is no checkpoint of ours; {exist}")
     raise CheckpointNotFound(f"tag {tag!r} does not exist in {folder}; {exist}")
 
 
-def stage(folder: Path, tag: str) -> Staging:
+def stage(folder: Place, tag: str) -> Staging:
     """Create `folder` if need be, delete what killed savers left in it, and return a new staging folder for `tag`."""
+    return StagedRemotely(remote.stage(folder / tag)) if isinstance(folder, Url) else stage_folder(folder, tag)
+
+
+def stage_folder(folder: Path, tag: str) -> StagedFolder:
+    """Return a new staging folder for `folder`/`tag`, on a file system of this host's."""
     final = folder / tag
     if final.exists() and not _is_checkpoint(final) and not _is_empty_folder(final):
         raise ValueError(
@@ -101,11 +131,14 @@ def stage(folder: Path, tag: str) -> Staging:
         fcntl.flock(lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         warn_once(f"{folder} cannot lock folders ({error}); leftovers of killed saves will have to be removed by hand")
-    return Staging(path, final, lock_fd)
+    return StagedFolder(path, final, lock_fd)
 
 
 def publish(staging: Staging) -> None:
     """Give the finished staging folder its name, in place of a checkpoint that may have it, durably."""
+    if isinstance(staging, StagedRemotely):
+        remote.publish(staging.path)
+        return
     sync_folder(staging.path)
     path, final = staging.path, staging.final
     if not _is_checkpoint(final):
@@ -117,6 +150,9 @@ def publish(staging: Staging) -> None:
 
 def discard(staging: Staging) -> None:
     """Delete what lies under the staging name (an unfinished folder, or the one just replaced); unlock it."""
+    if isinstance(staging, StagedRemotely):
+        remote.tidy(staging.path)
+        return
     _delete(staging.path)
     os.close(staging.lock_fd)
 
@@ -128,16 +164,22 @@ def delete_tag(path: Path) -> None:
     _delete(path)
 
 
-def write_durably(path: Path, text: str) -> None:
+def write_durably(path: Place, text: str) -> None:
     """Write `text` to `path` and fsync it."""
+    if isinstance(path, Url):
+        remote.write(path, text.encode())
+        return
     with path.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
 
 
-def move_latest(folder: Path, tag: str) -> None:
+def move_latest(folder: Place, tag: str) -> None:
     """Let `latest` name `tag`: atomically and durably."""
+    if isinstance(folder, Url):
+        remote.write(folder / LATEST_NAME, f"{tag}\n".encode())
+        return
     path = folder / f".{LATEST_NAME}.tmp-{secrets.token_hex(8)}"
     try:
         write_durably(path, tag + "\n")
@@ -157,12 +199,12 @@ def sync_folder(path: Path) -> None:
         os.close(fd)
 
 
-def _read_latest(folder: Path, exist: str) -> str:
+def _read_latest(folder: Place, exist: str) -> str:
     path = folder / LATEST_NAME
-    if not path.is_file():
+    if not is_file(path):
         raise CheckpointNotFound(f"{path} does not exist, so a tag must be given; {exist}")
     try:
-        tag = path.read_text(encoding="utf-8").strip()
+        tag = read_bytes(path).decode("utf-8").strip()
         check_tag(tag)
     except ValueError as error:
         raise CheckpointNotFound(f"{path} is damaged ({error}); give a tag; {exist}") from error

@@ -24,6 +24,7 @@ import xxhash
 
 from craken.checkpoint.entry import Entry, dtype_of
 from craken.checkpoint.errors import CheckpointDamaged
+from craken.checkpoint.place import Place, read_bytes
 
 INDEX_NAME = "index.json"
 FORMAT = "craken-checkpoint"
@@ -114,11 +115,11 @@ def index_to_text(index: Index) -> str:
     return f"{head[:-1]}{_BODY_KEY}{body}}}\n"
 
 
-def read_index(folder: Path) -> Index:
+def read_index(folder: Place) -> Index:
     """Read and check `index.json` of a checkpoint folder; CheckpointDamaged or ValueError (newer format) otherwise."""
     path = folder / INDEX_NAME
     try:
-        text = path.read_bytes().decode("ascii")
+        text = read_bytes(path).decode("ascii")
         document = json.loads(text)
         version, checksum, body = int(document["version"]), document["checksum"], document["body"]
         is_ours = document["format"] == FORMAT

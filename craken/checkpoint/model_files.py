@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from craken.checkpoint.folder import write_durably
+from craken.checkpoint.place import Place
 
 CONFIG_NAME = "config.json"
 _PATTERNS = (
@@ -31,7 +32,7 @@ _PATTERNS = (
 )
 
 
-def find(checkpoint: Path, given: Path | None, others: Iterable[Path] = ()) -> Path | None:
+def find(checkpoint: Place, given: Path | None, others: Iterable[Path] = ()) -> Path | None:
     """Return the folder that has the model's config.json: `given`, or one near the tag's folder `checkpoint`.
 
     Looked through: the tag's folder, the one that was saved to, the one around it, a folder `model` in any of these
@@ -41,9 +42,11 @@ def find(checkpoint: Path, given: Path | None, others: Iterable[Path] = ()) -> P
         if not (given / CONFIG_NAME).is_file():
             raise ValueError(f"--model-files {given}: expected a folder that holds {CONFIG_NAME}")
         return given
-    own = checkpoint.resolve()
-    near = [own, own.parent, own.parent / "model", own.parent.parent, own.parent.parent / "model", *others]
-    return next((folder for folder in near if (folder / CONFIG_NAME).is_file()), None)
+    near: list[Path] = []
+    if isinstance(checkpoint, Path):
+        own = checkpoint.resolve()
+        near = [own, own.parent, own.parent / "model", own.parent.parent, own.parent.parent / "model"]
+    return next((folder for folder in (*near, *others) if (folder / CONFIG_NAME).is_file()), None)
 
 
 def read_config(folder: Path) -> dict[str, Any]:

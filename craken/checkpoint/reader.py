@@ -6,8 +6,7 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from pathlib import Path
+from contextlib import ExitStack, closing, contextmanager
 from typing import Any
 
 import torch
@@ -27,6 +26,7 @@ from craken.checkpoint.entry import (
 )
 from craken.checkpoint.errors import CheckpointDamaged
 from craken.checkpoint.index import TensorRecord, read_index
+from craken.checkpoint.place import OpenFile, Place, open_file, place_of
 from craken.checkpoint.read_plan import BlockRead, plan_reads
 from craken.checkpoint.state_codec import decode_state
 from craken.spec import ShardSpec
@@ -43,7 +43,7 @@ class Reader:
     """
 
     def __init__(self, folder: str | os.PathLike[str], tag: str | None = None) -> None:
-        self.tag, self.path = folders.find(Path(folder), tag)
+        self.tag, self.path = folders.find(place_of(folder), tag)
         self._index = read_index(self.path)
         for file in self._index.files:
             problem = size_problem(self.path, file)
@@ -100,8 +100,8 @@ class Reader:
         block_bytes = self._index.block_bytes
         with record_function(f"craken::checkpoint::read ({kind} {spec.fqn})"):
             reads = plan_reads(record, spec.offset, spec.numel, itemsize=itemsize, block_bytes=block_bytes)
-            with _open_all(self.path, reads) as fds:
-                _run_all([_job(self.path, fds[read.file], read, out, record) for read in reads])
+            with _open_all(self.path, reads) as files:
+                _run_all([_job(self.path, files[read.file], read, out, record) for read in reads])
 
     def read_full(self, kind: str, fqn: str) -> Tensor:
         """Return a whole tensor, new, on the CPU."""
@@ -137,14 +137,14 @@ def _check_fits(record: TensorRecord, spec: ShardSpec, out: Tensor) -> None:
         )
 
 
-def _job(path: Path, fd: int, read: BlockRead, out: Tensor, record: TensorRecord) -> Callable[[], None]:
+def _job(path: Place, file: OpenFile, read: BlockRead, out: Tensor, record: TensorRecord) -> Callable[[], None]:
     def run() -> None:
         target = bytes_of(out)[read.into : read.into + read.take]  # [take]
         if read.is_whole and in_host_memory(out):
-            read_block(path, fd, read, memory_of(target), record)
+            read_block(path, file, read, memory_of(target), record)
             return
         scratch = torch.empty(read.num_bytes, dtype=torch.uint8, device="cpu")
-        read_block(path, fd, read, memory_of(scratch), record)
+        read_block(path, file, read, memory_of(scratch), record)
         target.copy_(scratch[read.skip : read.skip + read.take])
 
     return run
@@ -161,14 +161,12 @@ def _run_all(jobs: list[Callable[[], None]]) -> None:
 
 
 @contextmanager
-def _open_all(folder: Path, reads: list[BlockRead]) -> Iterator[dict[str, int]]:
-    fds: dict[str, int] = {}
-    try:
+def _open_all(folder: Place, reads: list[BlockRead]) -> Iterator[dict[str, OpenFile]]:
+    with ExitStack() as stack:
+        files: dict[str, OpenFile] = {}
         for name in dict.fromkeys(read.file for read in reads):
-            fds[name] = os.open(folder / name, os.O_RDONLY | os.O_CLOEXEC)
-        yield fds
-    except FileNotFoundError as error:
-        raise CheckpointDamaged(f"{error.filename} is missing; load another tag") from error
-    finally:
-        for fd in fds.values():
-            os.close(fd)
+            try:
+                files[name] = stack.enter_context(closing(open_file(folder / name)))
+            except FileNotFoundError as error:
+                raise CheckpointDamaged(f"{folder / name} is missing; load another tag") from error
+        yield files

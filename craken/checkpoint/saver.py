@@ -25,8 +25,10 @@ from craken.checkpoint.agreement import run_on_all
 from craken.checkpoint.blocks import BLOCK_BYTES
 from craken.checkpoint.entry import RANK_STATE, RESERVED_KINDS, SHARED_STATE, Entry, Piece, entry_of
 from craken.checkpoint.index import INDEX_NAME, WrittenFile, build_index, index_to_text
+from craken.checkpoint.place import Place, Url, place_of
 from craken.checkpoint.plan import assign_writers
 from craken.checkpoint.recovery_script import leave_script
+from craken.checkpoint.remote import StagedUrl
 from craken.checkpoint.retention import delete_older
 from craken.checkpoint.shard_file import file_name, write_file
 from craken.checkpoint.state_codec import encode_state
@@ -40,7 +42,7 @@ class Target(NamedTuple):
     keep_last: delete older checkpoints in `folder` beyond this many, the new one included; None keeps all.
     """
 
-    folder: Path
+    folder: Place
     tag: str
     save_latest: bool = True
     keep_last: int | None = None
@@ -69,7 +71,7 @@ class Prepared(NamedTuple):
     entries_by_rank: list[list[Entry]]
     to_write: list[int]
     staging: folders.Staging | None
-    path: Path
+    path: Place | StagedUrl
 
 
 def save(
@@ -82,16 +84,17 @@ def save(
     shared_state: dict[str, Any],
     save_latest: bool = True,
     keep_last: int | None = None,
-) -> Path:
-    """Collective over `axis`: save a checkpoint in `folder`/`tag` and return that path once it is on the disk.
+) -> Place:
+    """Collective over `axis`: save a checkpoint in `folder`/`tag` and return that place once it is on the disk.
 
-    `folder` lies on storage that all ranks share. `rank_state` is kept for each rank, `shared_state` is taken from
-    rank 0. The pieces of all ranks together must tile every tensor. A checkpoint that has the tag is replaced in one
-    step. `keep_last` deletes older checkpoints in `folder` beyond so many, once the new one is there. Raises the same
-    error on all ranks, with the ranks it comes from: ValueError for pieces or states that cannot be stored (before
-    anything is written), OSError when a file system refuses; checkpoints there before stay intact.
+    `folder` lies on storage that all ranks share, or is the URL of a store. `rank_state` is kept for each rank,
+    `shared_state` is taken from rank 0. The pieces of all ranks together must tile every tensor. A checkpoint that has
+    the tag is replaced in one step. `keep_last` deletes older checkpoints in `folder` (no URL) beyond so many, once the
+    new one is there. Raises the same error on all ranks, with the ranks it comes from: ValueError for pieces or states
+    that cannot be stored (before anything is written), OSError when a file system refuses; checkpoints there before
+    stay intact.
     """
-    target = Target(Path(folder), tag, save_latest, keep_last)
+    target = Target(place_of(folder), tag, save_latest, keep_last)
     with record_function(f"craken::checkpoint::save ({tag})"):
         prepared = prepare(target, pieces, axis=axis, rank_state=rank_state, shared_state=shared_state)
         try:
@@ -149,12 +152,12 @@ def _state_piece(kind: str, fqn: str, tensor: torch.Tensor) -> Piece:
 def write(prepared: Prepared, tensors: Sequence[torch.Tensor], rank: int) -> WrittenFile:
     """Write this rank's file from `tensors`, one for each entry that it writes, of that entry's bytes."""
     path = prepared.path
-    if not path.is_dir():
+    if isinstance(path, Path) and not path.is_dir():
         raise FileNotFoundError(f"{path}, made by rank 0, is not visible here: save to storage that all ranks share")
     return write_file(path / file_name(rank), [prepared.plan.entries[i] for i in prepared.to_write], tensors)
 
 
-def publish(prepared: Prepared, files: Sequence[WrittenFile]) -> Path | None:
+def publish(prepared: Prepared, files: Sequence[WrittenFile]) -> Place | None:
     """Rank 0: write the index of all ranks' files, give the folder its name and return it; None on other ranks."""
     target, staging = prepared.target, prepared.staging
     if staging is None:
@@ -162,19 +165,22 @@ def publish(prepared: Prepared, files: Sequence[WrittenFile]) -> Path | None:
     entries = [entry for entries in prepared.entries_by_rank for entry in entries]
     index = build_index(files, entries, block_bytes=BLOCK_BYTES, shared_state=prepared.plan.shared_state)
     folders.write_durably(staging.path / INDEX_NAME, index_to_text(index))
-    leave_script(target.folder)
+    if isinstance(target.folder, Path):
+        leave_script(target.folder)
     folders.publish(staging)
     if target.save_latest:
         folders.move_latest(target.folder, target.tag)
-    if target.keep_last is not None:
+    if target.keep_last is not None and isinstance(target.folder, Path):
         delete_older(target.folder, keep_last=target.keep_last)
-    return staging.final
+    return target.folder / target.tag
 
 
 def _announce(target: Target, plan: Plan) -> tuple[Plan, tuple[str, list[Entry]]]:
     folders.check_tag(target.tag)
     if target.keep_last is not None and target.keep_last < 1:
         raise ValueError(f"keep_last: expected at least 1 (None keeps all checkpoints), got {target.keep_last}")
+    if target.keep_last is not None and isinstance(target.folder, Url):
+        raise ValueError(f"keep_last: expected a folder of this host, got {target.folder}; leave deleting to the store")
     return plan, (target.tag, plan.entries)
 
 
@@ -185,7 +191,7 @@ def _agreed_entries(announced: list[tuple[str, list[Entry]]]) -> list[list[Entry
     return [entries for _, entries in announced]
 
 
-def _stage(target: Target, rank: int) -> tuple[folders.Staging | None, Path]:
+def _stage(target: Target, rank: int) -> tuple[folders.Staging | None, Place | StagedUrl]:
     if rank != 0:
         return None, target.folder
     staging = folders.stage(target.folder, target.tag)

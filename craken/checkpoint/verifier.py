@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,6 +14,7 @@ from craken.checkpoint.blocks import checksum_of, read_block, size_problem
 from craken.checkpoint.entry import dtype_of, memory_of
 from craken.checkpoint.errors import CheckpointDamaged
 from craken.checkpoint.index import INDEX_NAME, FileRecord, Index, TensorRecord, read_index
+from craken.checkpoint.place import OpenFile, Place, is_file, open_file, place_of
 from craken.checkpoint.read_plan import plan_reads
 
 
@@ -29,8 +31,8 @@ def verify(path: str | os.PathLike[str]) -> list[Damage]:
 
     Holds one block in memory. FileNotFoundError when there is no such folder; ValueError for a newer format.
     """
-    folder = Path(path)
-    if not folder.is_dir():
+    folder = place_of(path)
+    if isinstance(folder, Path) and not folder.is_dir():
         raise FileNotFoundError(f"checkpoint folder {folder} does not exist")
     try:
         index = read_index(folder)
@@ -39,29 +41,28 @@ def verify(path: str | os.PathLike[str]) -> list[Damage]:
     damage: list[Damage] = []
     for file in index.files:
         damage += _file_damage(folder, file)
-        if (folder / file.name).is_file():
+        if is_file(folder / file.name):
             damage += _block_damage(folder, file, index)
     return damage
 
 
-def _file_damage(folder: Path, file: FileRecord) -> Iterator[Damage]:
+def _file_damage(folder: Place, file: FileRecord) -> Iterator[Damage]:
     problem = size_problem(folder, file)
     if problem is not None:
         yield Damage(file.name, None, f"{folder / file.name} {problem}")
     if problem != "is missing":
-        with (folder / file.name).open("rb") as stream:
-            if checksum_of(memoryview(stream.read(file.data_start))) != file.header_checksum:
-                yield Damage(file.name, None, f"{folder / file.name}: the safetensors header is damaged")
+        header = memoryview(bytearray(file.data_start))
+        with closing(open_file(folder / file.name)) as stream:
+            stream.read_into(header, 0)
+        if checksum_of(header) != file.header_checksum:
+            yield Damage(file.name, None, f"{folder / file.name}: the safetensors header is damaged")
 
 
-def _block_damage(folder: Path, file: FileRecord, index: Index) -> Iterator[Damage]:
+def _block_damage(folder: Place, file: FileRecord, index: Index) -> Iterator[Damage]:
     scratch = memory_of(torch.empty(index.block_bytes, dtype=torch.uint8, device="cpu"))
-    fd = os.open(folder / file.name, os.O_RDONLY | os.O_CLOEXEC)
-    try:
+    with closing(open_file(folder / file.name)) as stream:
         for record in index.tensors.values():
-            yield from _tensor_damage(folder, fd, _part_in(file, record), scratch, index.block_bytes)
-    finally:
-        os.close(fd)
+            yield from _tensor_damage(folder, stream, _part_in(file, record), scratch, index.block_bytes)
 
 
 def _part_in(file: FileRecord, record: TensorRecord) -> list[TensorRecord]:
@@ -71,12 +72,12 @@ def _part_in(file: FileRecord, record: TensorRecord) -> list[TensorRecord]:
 
 
 def _tensor_damage(
-    folder: Path, fd: int, parts: list[TensorRecord], scratch: memoryview, block_bytes: int
+    folder: Place, stream: OpenFile, parts: list[TensorRecord], scratch: memoryview, block_bytes: int
 ) -> Iterator[Damage]:
     for part in parts:
         piece, itemsize = part.pieces[0], dtype_of(part.dtype).itemsize
         for read in plan_reads(part, piece.offset, piece.numel, itemsize=itemsize, block_bytes=block_bytes):
             try:
-                read_block(folder, fd, read, scratch[: read.num_bytes], part)
+                read_block(folder, stream, read, scratch[: read.num_bytes], part)
             except CheckpointDamaged as error:
                 yield Damage(read.file, f"{part.kind} of {part.fqn}", str(error))

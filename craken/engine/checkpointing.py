@@ -7,18 +7,18 @@ import os
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from craken.checkpoint import BackgroundSaver, Piece, Reader, Target, run_on_all
+from craken.checkpoint import BackgroundSaver, Piece, Place, Reader, Target, has_latest, run_on_all
 from craken.checkpoint import save as save_folder
 from craken.comm import broadcast_object, gather_objects, get_accelerator
 from craken.engine.engine import Engine
 from craken.log import log_dist, warn_once
+from craken.precision import DynamicLossScale
 from craken.spec import ShardSpec
 from craken.zero import can_load, gradient_state, whole_numel
 from craken.zero import state as zero_state
@@ -43,7 +43,7 @@ def save(
     client_state: dict[str, Any],
     includes_frozen: bool,
     background: BackgroundSaver,
-) -> Path:
+) -> Place:
     """Collective: write the engine's whole state to `target`, if so configured in the background; returns the path."""
     section = engine.parts.config.checkpoint
     if target.keep_last is None:
@@ -78,10 +78,14 @@ def save(
 def load(
     engine: Engine, folder: str | os.PathLike[str], tag: str | None, wanted: Wanted
 ) -> tuple[str | None, dict[str, Any] | None]:
-    """Collective: restore an engine from `folder`; returns (path, client state), (None, None) without a `latest`."""
-    folder, axis = Path(folder), engine.parts.axis
+    """Collective: restore an engine from `folder`; returns (path, client state), (None, None) without a `latest`.
+
+    A failure on any rank, damage above all, is the same error on all; the engine then holds a part of what it was to
+    load, and trains again only after another checkpoint has been loaded.
+    """
+    axis = engine.parts.axis
     # rank 0 decides: without a shared file system another rank might not see `latest`
-    if broadcast_object(tag is None and not (folder / "latest").exists(), axis):
+    if broadcast_object(tag is None and not has_latest(folder), axis):
         warn_once(f"{folder} has no file `latest`: nothing was loaded; pass tag=... to name a checkpoint in it")
         return None, None
 
@@ -134,7 +138,7 @@ def _restore(engine: Engine, reader: Reader, wanted: Wanted) -> tuple[_Restored,
     return _Restored(state["client"], in_step, gradients), (can, gradients["has_any"])
 
 
-def _resume_step(engine: Engine, restored: _Restored, *, is_possible: bool, path: Path) -> None:
+def _resume_step(engine: Engine, restored: _Restored, *, is_possible: bool, path: Place) -> None:
     if is_possible:
         assert restored.gradients is not None
         engine.resume_step(restored.gradients, restored.in_step)
@@ -251,16 +255,32 @@ def _check_weights(engine: Engine, reader: Reader, *, is_strict: bool) -> None:
         )
 
 
+def _converting(reader: Reader) -> Callable[[str, ShardSpec, Tensor], None]:
+    """Return a `read(kind, spec, out [spec.numel])` that takes floating-point numbers of any dtype."""
+
+    def read(kind: str, spec: ShardSpec, out: Tensor) -> None:
+        stored = reader.dtype(kind, spec.fqn)
+        if stored == out.dtype or not (stored.is_floating_point and out.is_floating_point()):
+            reader.read(kind, spec, out)
+            return
+        as_stored = torch.empty(spec.numel, dtype=stored, device="cpu")  # [spec.numel]
+        reader.read(kind, spec, as_stored)
+        out.copy_(as_stored)
+
+    return read
+
+
 def _load_module(engine: Engine, reader: Reader) -> None:
-    zero_state.load_weights(engine.groups, reader.read)
+    read = _converting(reader)
+    zero_state.load_weights(engine.groups, read)
     for spec, tensor in zero_state.frozen_pieces(engine.parts.layers.frozen):
         if spec.fqn in reader.names(FROZEN):
-            reader.read(FROZEN, spec, tensor)
+            read(FROZEN, spec, tensor)
     saved = {kind: set(reader.names(kind)) for kind in (FROZEN, BUFFER)}
     for kind, name, tensor in _whole_tensors(engine):
         if name in saved[kind]:
             flat = tensor.detach().contiguous().view(-1)
-            reader.read(kind, ShardSpec(name, tuple(tensor.shape), 0, tensor.numel()), flat)
+            read(kind, ShardSpec(name, tuple(tensor.shape), 0, tensor.numel()), flat)
             if not tensor.is_contiguous():
                 tensor.detach().copy_(flat.view(tensor.shape))
 
@@ -271,7 +291,7 @@ def _load_optimizer(engine: Engine, reader: Reader, saved: dict[str, Any]) -> No
     zero_state.load_optimizer(
         engine.parts.binding,
         _kinds_by_name(reader),
-        reader.read,
+        _converting(reader),
         saved["scalars"],
         saved["groups"],
         zero_state.empty_state if swap is None else swap.empty_state,
@@ -289,7 +309,8 @@ def _kinds_by_name(reader: Reader) -> Callable[[str], list[str]]:
 def _load_progress(engine: Engine, state: dict[str, Any]) -> None:
     engine.global_steps, engine.skipped_steps = state["global_steps"], state["skipped_steps"]
     engine.accumulation.micro_steps, engine.accumulation.in_step = state["micro_steps"], 0
-    engine.loss_scaler.load_state_dict(state["loss_scale"])
+    if isinstance(engine.loss_scaler, DynamicLossScale) and "steps_seen" in state["loss_scale"]:
+        engine.loss_scaler.load_state_dict(state["loss_scale"])  # a scale that does not move is the config's
     if engine.training_dataloader is not None and state["dataloader"] is not None:
         engine.training_dataloader.load_state_dict(state["dataloader"])
 

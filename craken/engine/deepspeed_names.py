@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from craken.checkpoint import BackgroundSaver, Stall, Target
+from craken.checkpoint import BackgroundSaver, Stall, Target, place_of
 from craken.comm import barrier
 from craken.disk import Traffic
 from craken.engine import checkpointing
@@ -152,7 +152,7 @@ class DeepSpeedEngine(Engine):
         self.parking.check_empty("save_checkpoint()")
         checkpointing.save(
             self,
-            Target(Path(save_dir), tag or f"global_step{self.global_steps}", save_latest, keep_last),
+            Target(place_of(save_dir), tag or f"global_step{self.global_steps}", save_latest, keep_last),
             client_state=client_state or {},
             includes_frozen=not exclude_frozen_parameters,
             background=self._background,

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 import torch
 
-from craken.checkpoint import CheckpointDamaged, Reader, blocks, index, shard_file
+from craken.checkpoint import CheckpointDamaged, Reader, index, shard_file
 from craken.spec import ShardSpec
 from tests.unit.checkpoint.ranks import Brought, flip, numbers, save_on_ranks, save_one, shard, whole
 
@@ -36,8 +37,8 @@ def test_only_the_blocks_needed_are_read(tmp_path: Path, small_blocks: None, mon
     full = numbers(160)
     save_one(tmp_path, "a", {"w": full})
     fetched: list[int] = []
-    real = blocks.os.preadv
-    monkeypatch.setattr(blocks.os, "preadv", lambda fd, to, at: (fetched.append(len(to[0])), real(fd, to, at))[1])
+    real = os.preadv
+    monkeypatch.setattr(os, "preadv", lambda fd, to, at: (fetched.append(len(to[0])), real(fd, to, at))[1])
     out = torch.empty(20)
     Reader(tmp_path).read("param", ShardSpec("w", (160,), 30, 20), out)
     assert torch.equal(out, full[30:50])

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from craken.checkpoint import Piece, Reader, save, shard_file, verify
+from craken.checkpoint import Piece, Reader, save, verify
 from craken.checkpoint import folder as folders
 from craken.comm import MeshAxis
 from tests.unit.checkpoint.ranks import (
@@ -159,7 +159,7 @@ def test_one_rank_that_cannot_write_fails_all_with_its_number_and_reason(
             raise PermissionError(13, "Permission denied", str(path))
         return real(path, *args, **options)
 
-    monkeypatch.setattr(shard_file.os, "open", refuse)
+    monkeypatch.setattr(os, "open", refuse)
     errors = save_on_ranks(tmp_path, "b", [Brought(pieces), Brought(pieces)])
     monkeypatch.undo()
     assert [type(error) for error in errors] == [OSError, OSError]
@@ -187,7 +187,7 @@ def test_an_interrupt_removes_the_unfinished_folder(tmp_path: Path, monkeypatch:
         raise KeyboardInterrupt
 
     save_one(tmp_path, "a", {"w": torch.ones(1)})
-    monkeypatch.setattr(shard_file.os, "fsync", interrupt)
+    monkeypatch.setattr(os, "fsync", interrupt)
     with pytest.raises(KeyboardInterrupt):
         save_one(tmp_path, "b", {"w": torch.ones(1)})
     monkeypatch.undo()

@@ -1,0 +1,182 @@
+"""Checkpoints in a store without renames: what readers see at any moment is a whole one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pytest
+import torch
+
+from craken.checkpoint import CheckpointDamaged, CheckpointNotFound, Reader, list_tags, verify
+from craken.checkpoint.place import Url, place_of
+from craken.spec import ShardSpec
+from tests.unit.checkpoint.ranks import Brought, numbers, save_on_ranks, save_one, shard, whole
+
+STORE = fsspec.filesystem("memory")
+
+
+@pytest.fixture
+def url() -> Iterator[str]:
+    """A prefix in a store that this process alone sees."""
+    yield "memory://bucket/run"
+    if STORE.exists("/bucket"):
+        STORE.rm("/bucket", recursive=True)
+
+
+def names(path: str = "/bucket/run") -> list[str]:
+    """All files, with the save's own token left out."""
+    files = (name.removeprefix(f"{path}/") for name in STORE.find(path))
+    return sorted(f"{name[:-29]}.safetensors" if name.endswith(".safetensors") else name for name in files)
+
+
+@pytest.mark.parametrize(
+    ("folder", "place"),
+    [
+        ("runs/a", Path("runs/a")),
+        ("file:///runs/a", Path("/runs/a")),
+        ("local:///runs/a/", Path("/runs/a")),
+        ("s3://bucket/run/", Url("s3://bucket/run")),
+        (Path("x"), Path("x")),
+        (Url("gs://b/c"), Url("gs://b/c")),
+    ],
+)
+def test_a_url_is_told_from_a_path(folder: Any, place: Any) -> None:
+    assert place_of(folder) == place
+
+
+def test_two_ranks_save_to_a_url_and_any_range_is_read_back(url: str) -> None:
+    w, b = numbers(40, 5), numbers(3)
+    brought = [
+        Brought([shard("weight", "w", w, 0, 70), whole("param", "b", b)], {"rank": 0}, {"step": 3}),
+        Brought([shard("weight", "w", w, 70, 200), whole("param", "b", b)], {"rank": 1}),
+    ]
+    paths = save_on_ranks(url, "global_step3", brought)
+    assert [str(path) for path in paths] == [f"{url}/global_step3"] * 2
+    files = ["index.json", "rank-00000.safetensors", "rank-00001.safetensors"]
+    assert names() == [f"global_step3/{name}" for name in files] + ["latest"]
+    reader = Reader(url)
+    assert (reader.tag, reader.world_size, reader.shared_state) == ("global_step3", 2, {"step": 3})
+    assert [reader.rank_state(rank) for rank in (0, 1)] == [{"rank": 0}, {"rank": 1}]
+    out = torch.empty(90)
+    reader.read("weight", ShardSpec("w", (40, 5), 30, 90), out)
+    assert torch.equal(out, w.reshape(-1)[30:120])
+    assert verify(f"{url}/global_step3") == []
+
+
+def test_only_the_bytes_needed_are_fetched(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("shard_file", "saver"):
+        monkeypatch.setattr(f"craken.checkpoint.{module}.BLOCK_BYTES", 64)
+    save_one(url, "a", {"w": numbers(160)})
+    reader, real, fetched = Reader(url), type(STORE).cat_file, []
+
+    def count(store: Any, path: str, start: int | None = None, end: int | None = None, **options: Any) -> bytes:
+        data = real(store, path, start, end, **options)
+        fetched.append(len(data))
+        return data
+
+    monkeypatch.setattr(type(STORE), "cat_file", count)
+    reader.read("param", ShardSpec("w", (160,), 30, 20), torch.empty(20))
+    assert sum(fetched) == 3 * 64
+
+
+def test_saving_again_under_a_tag_replaces_it_and_leaves_nothing(url: str) -> None:
+    for value in (1.0, 2.0):
+        save_one(url, "pytorch_model", {"w": torch.full((4,), value)})
+        assert Reader(url).read_full("param", "w").tolist() == [value] * 4
+    assert names() == ["latest", "pytorch_model/index.json", "pytorch_model/rank-00000.safetensors"]
+
+
+@pytest.mark.parametrize("name", ["rank-00000", "rank-00001", "index", "index.json"])
+@pytest.mark.parametrize("tag", ["kept", "new"])
+def test_a_store_that_refuses_any_file_leaves_the_checkpoints_before(
+    url: str, monkeypatch: pytest.MonkeyPatch, tag: str, name: str
+) -> None:
+    w = numbers(50)
+    save_on_ranks(url, "kept", [Brought([whole("param", "w", w)]), Brought()])
+    before = names()
+    refuse(monkeypatch, f"/{tag}/{name}")
+    errors = save_on_ranks(url, tag, [Brought([whole("param", "w", w + 1)]), Brought()])
+    monkeypatch.undo()
+    assert [type(error) for error in errors] == [OSError, OSError]
+    assert "out of quota" in str(errors[0])
+    assert names() == before
+    assert torch.equal(Reader(url).read_full("param", "w"), w)
+    assert verify(f"{url}/kept") == []
+
+
+def refuse(monkeypatch: pytest.MonkeyPatch, path: str) -> None:
+    """Let the store fail when a file whose name has `path` in it ends."""
+
+    def failing(name: str) -> Any:
+        real = getattr(type(STORE), name)
+
+        def call(store: Any, file: str, *args: Any, **options: Any) -> Any:
+            if path in file and "rb" not in args:
+                raise OSError("out of quota")
+            return real(store, file, *args, **options)
+
+        return call
+
+    for name in ("pipe_file", "open"):
+        monkeypatch.setattr(type(STORE), name, failing(name))
+
+
+def test_a_killed_saver_s_files_are_no_checkpoint_and_go_with_the_next(url: str) -> None:
+    save_one(url, "a", {"w": torch.ones(2)})
+    for file in ("b/rank-00000-0123456789abcdef.safetensors", "a/rank-00000-0123456789abcdef.safetensors"):
+        STORE.pipe_file(f"/bucket/run/{file}", b"half of a fi")
+    assert list_tags(url) == ["a"]
+    with pytest.raises(CheckpointNotFound, match="tag 'b' does not exist.*: a"):
+        Reader(url, "b")
+    for tag in ("a", "b"):
+        save_one(url, tag, {"w": torch.ones(2)})
+        assert verify(f"{url}/{tag}") == []
+    assert len(names()) == 5
+
+
+def test_damage_in_a_store_is_named(url: str) -> None:
+    save_one(url, "a", {"w": numbers(1000)})
+    path = next(path for path in STORE.find("/bucket/run/a") if path.endswith(".safetensors"))
+    data = bytearray(STORE.cat_file(path))
+    data[-100] ^= 1
+    STORE.pipe_file(path, bytes(data))
+    with pytest.raises(CheckpointDamaged, match=r"memory://bucket/run/a/rank-00000-\w+\.\w+: param of w, bytes"):
+        Reader(url).read_full("param", "w")
+    assert [damage.tensor for damage in verify(f"{url}/a")] == ["param of w"]
+    STORE.pipe_file(path, bytes(data[:-1]))
+    with pytest.raises(CheckpointDamaged, match=r"has \d+ bytes, expected \d+.*param of w"):
+        Reader(url)
+    STORE.rm_file(path)
+    with pytest.raises(CheckpointDamaged, match=r"is missing; it holds 2 .*param of w"):
+        Reader(url)
+
+
+def test_what_is_missing_is_said(url: str) -> None:
+    with pytest.raises(CheckpointNotFound, match="memory://bucket/run does not exist"):
+        Reader(url)
+    save_one(url, "a", {"w": numbers(2)}, save_latest=False)
+    with pytest.raises(CheckpointNotFound, match="run/latest does not exist, so a tag must be given; .*: a"):
+        Reader(url)
+    assert Reader(url, "a").tag == "a"
+
+
+def test_a_prefix_that_holds_something_else_is_left_alone(url: str) -> None:
+    STORE.pipe_file("/bucket/run/data/train.csv", b"1,2,3")
+    with pytest.raises(ValueError, match="it is no checkpoint of ours"):
+        save_one(url, "data", {"w": numbers(2)})
+    assert names() == ["data/train.csv"]
+
+
+def test_files_of_others_beside_a_checkpoint_stay(url: str) -> None:
+    for value in (1.0, 2.0):
+        save_one(url, "a", {"w": torch.full((2,), value)})
+        STORE.pipe_file("/bucket/run/a/notes.json", b"mine")
+    assert names() == ["a/index.json", "a/notes.json", "a/rank-00000.safetensors", "latest"]
+
+
+def test_a_store_whose_package_is_missing_is_named() -> None:
+    with pytest.raises((ImportError, ValueError), match="nosuchstore"):
+        Reader("nosuchstore://bucket/run")
