@@ -169,7 +169,8 @@ def test_sigterm_saves_and_exits_0_and_the_same_command_goes_on_from_the_newest_
     last = _rows(run)[-1]["step"]
     assert 5 < last < STEPS
     assert f"stopped by SIGTERM after step {last} of {STEPS}; checkpoint saved" in shown
-    assert {path.name for path in (run / "checkpoints").iterdir()} == {"step5", f"step{last}", "latest"}
+    beside = {"latest", "zero_to_fp32.py"}
+    assert {path.name for path in (run / "checkpoints").iterdir()} == {"step5", f"step{last}", *beside}
     damaged = run / "checkpoints" / f"step{last}" / "rank-00001.safetensors"
     content = bytearray(damaged.read_bytes())
     content[len(content) // 2] ^= 1
@@ -181,7 +182,7 @@ def test_sigterm_saves_and_exits_0_and_the_same_command_goes_on_from_the_newest_
     assert "rank-00001.safetensors" in again.stdout
     assert "going on after step 5" in again.stdout
     assert _curve(run) == _curve(whole)
-    assert {path.name for path in (run / "checkpoints").iterdir()} == {"step10", "step12", "latest"}
+    assert {path.name for path in (run / "checkpoints").iterdir()} == {"step10", "step12", *beside}
 
 
 def test_a_launchers_ranks_are_used_as_they_are(place) -> None:
