@@ -229,6 +229,8 @@ def _load_rank_state(reader: Reader, axis: MeshAxis) -> None:
     if reader.world_size != axis.size:
         return  # another number of ranks: there is no state for each
     state = reader.rank_state(axis.rank)
+    if not state:
+        return  # imported: there are no generators' states
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])
     torch.set_rng_state(state["torch"])
