@@ -95,6 +95,12 @@ def _inspect(words: Sequence[str]) -> int:
     return inspect(words)
 
 
+def _import(words: Sequence[str]) -> int:
+    from craken.checkpoint.import_command import main as import_checkpoint
+
+    return import_checkpoint(words)
+
+
 def _check_config(file: str, num_ranks: int) -> int:
     from rich.console import Console
 
@@ -123,6 +129,7 @@ _COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "inspect": (_inspect, "say what a checkpoint holds, and check every block of it"),
     "config": (_config, "check a config file and show the batch sizes it means"),
     "io": (_io, "measure a disk for offload, and find the settings that suit it"),
+    "import": (_import, "turn a checkpoint that DeepSpeed wrote into one of ours"),
     "doctor": (_doctor, "say what works on this machine, and why not"),
 }
 

@@ -316,6 +316,8 @@ def _load_progress(engine: Engine, state: dict[str, Any]) -> None:
 
 
 def _load_generators(state: dict[str, Any]) -> None:
+    if not state:  # imported: there are none
+        return
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])
     torch.set_rng_state(state["torch"])
