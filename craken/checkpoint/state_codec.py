@@ -10,7 +10,7 @@ from __future__ import annotations
 import base64
 import json
 import math
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -25,7 +25,7 @@ _MAX_DEPTH = 100
 _MAX_JSON_INT_BITS = 512
 _INLINE_BYTES = 1024
 _CONTAINERS: dict[str, type[Any]] = {"tuple": tuple, "set": set, "frozenset": frozenset}
-_MAPPINGS: dict[str, type[Any]] = {"dict": dict, "OrderedDict": OrderedDict}
+_MAPPINGS: dict[str, type[Any]] = {"dict": dict, "OrderedDict": OrderedDict, "Counter": Counter}
 _ARRAY_KINDS = "biufcmM"  # numpy's: booleans, numbers, times
 
 
@@ -113,7 +113,7 @@ class _Encoder:
         what = f"{value.dtype} {type(value).__name__}" if isinstance(value, Tensor | np.ndarray) else repr(type(value))
         raise ValueError(
             f"state at {path}: cannot store {what}; expected None, bool, int, float, complex, str, bytes, list, tuple, "
-            "set, dict, OrderedDict, a dense tensor, a numpy array or numpy scalar (no subclasses): convert it first"
+            "set, dict, OrderedDict, Counter, a dense tensor, a numpy array or scalar (no subclasses): convert it first"
         )
 
     def _store(self, tensor: Tensor, path: str) -> str:
@@ -140,7 +140,7 @@ def _decode_tagged(value: dict[str, Any], fetch: Callable[[str], Tensor]) -> Any
         return _CONTAINERS[tag](decode_state(item, fetch) for item in value["items"])
     if tag in _MAPPINGS:
         pairs = ((decode_state(key, fetch), decode_state(item, fetch)) for key, item in value["pairs"])
-        return _MAPPINGS[tag](pairs)
+        return _MAPPINGS[tag](dict(pairs))
     if tag not in _DECODERS:
         raise ValueError(f"a state holds a value of the unknown type {tag!r}: it was written by a newer release")
     return _DECODERS[tag](value, fetch)

@@ -6,7 +6,7 @@ import enum
 import json
 import math
 import random
-from collections import OrderedDict, defaultdict, namedtuple
+from collections import Counter, OrderedDict, defaultdict, namedtuple
 from typing import Any
 
 import numpy as np
@@ -46,6 +46,7 @@ VALUES = [
     [1, (2, [3, (4,)])], {1: "a", "1": "b", None: 0, (1, 2): 3, 1.5: 4, b"k": 5}, {"$": "tuple", "items": []},
     {"a": {"$": 1}},
     {1, "a", (2, 3), None}, frozenset({1, 2}), OrderedDict([("b", 1), ("a", 2)]), OrderedDict([(2, OrderedDict())]),
+    Counter({30: 1, 80: 2}),
     np.float32(0.1), np.int64(-3), np.bool_(True), np.datetime64("2024-02-03", "D"), np.float64("nan"),
     np.arange(6, dtype=">i4").reshape(2, 3), np.array(3.0), np.empty((0, 4), np.float16), np.asfortranarray(np.eye(3)),
     np.array(["2020-01-01"], dtype="M8[s]"), np.array([1 + 2j]),
