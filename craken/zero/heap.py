@@ -79,10 +79,19 @@ def return_freed_memory() -> None:
 
 
 class _HeapFigures(ctypes.Structure):
-    """malloc.h: struct mallinfo2. `arena` counts the bytes of all heaps, in use or free."""
+    """malloc.h: struct mallinfo2. Bytes: `arena` of all heaps, `uordblks` in use there, `hblkhd` in mappings apart."""
 
     _names = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
     _fields_ = tuple((name, ctypes.c_size_t) for name in _names.split())
+
+
+def heap_figures() -> Any:
+    """Return what the C library says of its heaps; None where it has no mallinfo2 (glibc has from 2.33 on)."""
+    figures = _function("mallinfo2")
+    if figures is None:
+        return None
+    figures.restype = _HeapFigures
+    return figures()
 
 
 class GrowthTrimmer:
@@ -93,14 +102,12 @@ class GrowthTrimmer:
 
     def look(self) -> None:
         """Trim the heap if it has grown by 1 MiB since the last look."""
-        figures = _function("mallinfo2")
+        figures = heap_figures()
         if figures is None:
             return
-        figures.restype = _HeapFigures
-        size = figures().arena
-        if size > self._size + (1 << 20):
+        if figures.arena > self._size + (1 << 20):
             return_freed_memory()
-        self._size = size
+        self._size = figures.arena
 
 
 @functools.cache
