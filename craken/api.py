@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from craken.comm import expected_world_size, get_accelerator, init_distributed, world_axis
-from craken.config import check_mesh, load_config, resolve_batch
+from craken.config import BatchSizes, check_mesh, load_config, resolve_batch
 from craken.engine import (
     DeepSpeedEngine,
     Request,
@@ -71,16 +71,19 @@ def initialize(
     return engine, engine.optimizer, engine.training_dataloader, engine.lr_scheduler
 
 
-def check_config(config: Any, num_ranks: int, *, has_optimizer: bool = False, has_scheduler: bool = False) -> None:
+def check_config(
+    config: Any, num_ranks: int, *, has_optimizer: bool = False, has_scheduler: bool = False
+) -> BatchSizes:
     """Raise what `initialize` would raise for a config on each of `num_ranks` ranks, without ranks or a model.
 
-    has_optimizer, has_scheduler: whether one is handed to `initialize` in place of the config's. ValueError or
-    NotImplementedError naming the key.
+    Returns the batch sizes that it means. has_optimizer, has_scheduler: whether one is handed to `initialize` in
+    place of the config's. ValueError or NotImplementedError naming the key.
     """
     parsed = load_config(config)
-    resolve_batch(parsed, num_ranks)
+    batch = resolve_batch(parsed, num_ranks)
     check_mesh(parsed.zero_optimization, num_ranks)
     check_buildable(parsed, has_optimizer=has_optimizer, has_scheduler=has_scheduler)
+    return batch
 
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:

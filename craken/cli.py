@@ -105,11 +105,9 @@ def _check_config(file: str, num_ranks: int) -> int:
     from rich.console import Console
 
     import craken
-    from craken.config import load_config, resolve_batch
 
     try:
-        craken.check_config(file, num_ranks)
-        batch = resolve_batch(load_config(file), num_ranks)
+        batch = craken.check_config(file, num_ranks)
     except (ValueError, OSError, NotImplementedError) as error:
         logger.error(str(error))
         return 2

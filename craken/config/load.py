@@ -44,5 +44,4 @@ def read_config(source: str | os.PathLike[str] | Mapping[str, Any]) -> dict[str,
 
     ValueError as for `load_config`.
     """
-    load_config(source, warns=False)
-    return rewrite_older_forms(read_source(source).data, Findings())
+    return rewrite_older_forms(load_config(source, warns=False).raw, Findings())

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import craken
-from craken.config import BatchSizes, load_config, resolve_batch
+from craken.config import BatchSizes
 from craken.train import huggingface, token_cache
 from craken.train.arguments import Options
 from craken.train.presets import PRESETS
@@ -33,10 +33,9 @@ def prepare(options: Options, *, num_ranks: int, report: Report) -> Plan:
     """Check the run and tokenise its text; ValueError with one clear message on anything that cannot work."""
     config = engine_config(options)
     try:
-        craken.check_config(config, num_ranks)
+        batch = craken.check_config(config, num_ranks)
     except NotImplementedError as error:  # says what to use instead
         raise ValueError(str(error)) from error
-    batch = resolve_batch(load_config(config), num_ranks)
     source = huggingface.tokenizer_source(options.model, options.vocab_size)
     cache = token_cache.prepare(options.data, options.cache, source, report=report)
     plan = Plan(options, config, batch, cache)
