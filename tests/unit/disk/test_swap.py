@@ -18,6 +18,7 @@ import torch
 
 from craken import log
 from craken.disk import IoSettings, Swap, folder, pages
+from tests.small_disk import mounted
 
 MIB = 1 << 20
 KEEP_WRITING = """
@@ -49,17 +50,8 @@ def _free_bytes(where: Path) -> int:
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 8 MiB."""
-    where = tmp_path / "small"
-    where.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={8 * MIB}", "tmpfs", str(where)]
-    try:
-        done = subprocess.run(mount, capture_output=True, check=False).returncode == 0
-    except FileNotFoundError:
-        done = False
-    if not done:
-        pytest.skip("mounting needs root")
-    yield where
-    subprocess.run(["umount", "-l", str(where)], check=True)
+    with mounted(tmp_path / "small", 8 * MIB) as where:
+        yield where
 
 
 def test_a_folder_is_made_and_stays_empty(tmp_path: Path) -> None:
