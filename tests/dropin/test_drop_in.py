@@ -49,15 +49,15 @@ deepspeed.launcher.runner: main DEEPSPEED_ENVIRONMENT_NAME
 CLIENTS = ("transformers", "accelerate", "peft", "trl", "tokenizers", "bitsandbytes", "tensorboard", "wandb")
 
 
-def _python(code: str, path: str) -> str:
-    environment = {**os.environ, "PYTHONPATH": path}
+def _python(code: str, path: str, **variables: str) -> str:
+    environment = {**os.environ, "PYTHONPATH": path, **variables}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, cwd="/")
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
 
-def _from_tree(code: str) -> str:
-    return _python(code, f"{ROOT}{os.pathsep}{ROOT / 'dropin'}")
+def _from_tree(code: str, **variables: str) -> str:
+    return _python(code, f"{ROOT}{os.pathsep}{ROOT / 'dropin'}", **variables)
 
 
 def test_every_promised_name_is_there() -> None:
@@ -89,15 +89,17 @@ assert isinstance(deepspeed.DeepSpeedConfig({"train_batch_size": 2}).train_batch
 def test_importing_it_is_cheap_and_loads_no_client() -> None:
     code = f"""
 import sys, time
-import torch
 begin_s = time.process_time()
+import torch
+torch_s = time.process_time() - begin_s
 import deepspeed
-print(time.process_time() - begin_s)
+print((time.process_time() - begin_s - torch_s) / torch_s)
 loaded = [name for name in {CLIENTS} if name in sys.modules]
 assert not loaded, loaded
 assert not torch.distributed.is_initialized() and not torch.cuda.is_initialized()
 """
-    assert min(float(_from_tree(code)) for _ in range(2)) < 0.5
+    shares = [float(_from_tree(code, PYTHONDONTWRITEBYTECODE="")) for _ in range(2)]  # the first may have to compile
+    assert min(shares) < 0.3  # of torch's own time, of which it takes 0.15 to 0.2, wherever that is
 
 
 @pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
