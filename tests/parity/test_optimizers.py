@@ -24,18 +24,19 @@ SECTIONS: dict[str, dict[str, Any]] = {
 class Deep(nn.Module):
     """Matrices of several shapes, so that ranks get unequal shares of them, and biases."""
 
-    def __init__(self) -> None:
+    def __init__(self, bias: bool) -> None:
         super().__init__()
-        self.layers = nn.Sequential(nn.Linear(6, 9), nn.GELU(), nn.Linear(9, 4), nn.GELU(), nn.Linear(4, 5))
+        linears = [nn.Linear(*sizes, bias=bias) for sizes in ((6, 9), (9, 4), (4, 5))]
+        self.layers = nn.Sequential(linears[0], nn.GELU(), linears[1], nn.GELU(), linears[2])
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.layers(x)
 
 
-def deep() -> Deep:
+def deep(bias: bool = True) -> Deep:
     with torch.random.fork_rng():
         torch.manual_seed(5)
-        return Deep()
+        return Deep(bias)
 
 
 def by_config(name: str, stage: int) -> None:
@@ -60,7 +61,7 @@ def test_an_optimizer_of_the_config_is_right_across_shards(run_ranks, name, stag
 
 
 def handed_in(name: str, stage: int, options: dict[str, Any]) -> None:
-    model = deep()
+    model = deep(bias=name != "Muon")  # torch's takes matrices alone
     pair = Pair(stage, model, optimizer=getattr(torch.optim, name)(model.parameters(), **options))
     pair.twin_optimizer = getattr(torch.optim, name)(pair.twin.parameters(), **options)
     for step in range(4):
@@ -70,7 +71,7 @@ def handed_in(name: str, stage: int, options: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2])
-@pytest.mark.parametrize("name", ["RMSprop", "NAdam", "Adafactor"])
+@pytest.mark.parametrize("name", ["RMSprop", "NAdam", "Adafactor", "Muon"])
 def test_an_optimizer_handed_in_is_right_across_shards(run_ranks, name, stage) -> None:
     run_ranks(handed_in, 2, name, stage, {"lr": 1e-2})
 
