@@ -17,6 +17,7 @@ from craken.engine import (
     ResumableLoader,
     build_parts,
     check_buildable,
+    check_monitors,
     check_ranks_agree,
     check_supported,
     find_config,
@@ -82,6 +83,7 @@ def check_config(
     parsed = load_config(config)
     batch = resolve_batch(parsed, num_ranks)
     check_mesh(parsed.zero_optimization, num_ranks)
+    check_monitors(parsed)
     check_buildable(parsed, has_optimizer=has_optimizer, has_scheduler=has_scheduler)
     return batch
 

@@ -62,13 +62,18 @@ def init_distributed(
     """Bring the process group up, once: collective over all ranks of the job.
 
     Reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT. A group that is already there is adopted as it is.
-    `rendezvous` takes `rank`, `world_size` and `config`, `dist_init_required` (accepted for DeepSpeed's callers).
+    `rendezvous` takes `rank`, `world_size`, `config`, and `dist_init_required` (False: ValueError unless it is there).
     """
     accelerator = get_accelerator()
     if "LOCAL_RANK" in os.environ:
         accelerator.set_device(get_local_rank())
-    if is_initialized() or rendezvous.pop("dist_init_required", None) is False:
+    if is_initialized():
         return
+    if rendezvous.pop("dist_init_required", None) is False:
+        raise ValueError(
+            "dist_init_required=False says that a process group is there, and none is: "
+            "call torch.distributed.init_process_group() first, or leave dist_init_required out"
+        )
     backend = dist_backend or accelerator.communication_backend_name()
     _check_backend(backend)
     timeout = timeout or DEFAULT_TIMEOUT

@@ -6,6 +6,7 @@ from craken.engine.data import RepeatingLoader, ResumableLoader
 from craken.engine.deepspeed_names import DeepSpeedEngine
 from craken.engine.engine import Engine
 from craken.engine.memory import see_memory_usage
+from craken.engine.monitor import check_monitors
 from craken.engine.optimizers import check_buildable
 from craken.engine.request import Request, find_config
 from craken.engine.support import check_supported
@@ -19,6 +20,7 @@ __all__ = [
     "ResumableLoader",
     "build_parts",
     "check_buildable",
+    "check_monitors",
     "check_ranks_agree",
     "check_supported",
     "find_config",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -17,6 +18,13 @@ class Scalar(NamedTuple):
     name: str
     value: float
     samples: int
+
+
+def check_monitors(config: Config) -> None:
+    """Raise ValueError where an enabled section's package is missing: on every rank, though rank 0 alone writes."""
+    for section, is_on in (("tensorboard", config.tensorboard.enabled), ("wandb", config.wandb.enabled)):
+        if is_on and importlib.util.find_spec(section) is None:
+            raise ValueError(f"{section}.enabled needs a package that is missing here: pip install 'craken[monitor]'")
 
 
 class Sink(Protocol):
@@ -71,10 +79,8 @@ class _Csv:
 
 class _TensorBoard:
     def __init__(self, output_path: str, job_name: str) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise ImportError("tensorboard.enabled needs TensorBoard: pip install 'craken[monitor]'") from error
+        from torch.utils.tensorboard import SummaryWriter
+
         folder = Path(output_path or "runs") / job_name
         self._writer: Any = SummaryWriter(log_dir=str(folder))
 
@@ -86,10 +92,8 @@ class _TensorBoard:
 
 class _Wandb:
     def __init__(self, project: str, group: str | None, team: str | None) -> None:
-        try:
-            import wandb
-        except ImportError as error:
-            raise ImportError("wandb.enabled needs Weights & Biases: pip install 'craken[monitor]'") from error
+        import wandb
+
         self._run: Any = wandb.init(project=project, group=group, entity=team)
 
     def write(self, scalars: Sequence[Scalar]) -> None:

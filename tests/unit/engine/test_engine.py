@@ -2,13 +2,16 @@
 
 import csv
 import logging
+import re
 
 import pytest
 import torch
 from torch import nn
 
 import craken
-from craken.comm import shutdown
+from craken.comm import is_initialized, shutdown
+from craken.engine import see_memory_usage
+from craken.log import log_dist
 
 
 @pytest.fixture
@@ -28,6 +31,14 @@ def start():
     for engine in engines:
         engine.destroy()
     shutdown()
+
+
+@pytest.fixture
+def lines(monkeypatch):
+    """What is logged."""
+    messages = []
+    monkeypatch.setattr(logging.getLogger("craken"), "handle", lambda record: messages.append(record.getMessage()))
+    return messages
 
 
 def take_step(engine, dtype=torch.float32):
@@ -84,11 +95,45 @@ def test_scalars_go_to_csv_files(start, tmp_path):
     assert float(rows[2][1]) != float(rows[1][1])
 
 
-def test_progress_and_time_are_printed_when_asked_for(start, monkeypatch):
-    lines = []
-    monkeypatch.setattr(
-        logging.getLogger("craken"), "handle", lambda record: lines.append(record.getMessage()), raising=True
+@pytest.mark.parametrize("section", ["tensorboard", "wandb"])
+def test_a_monitor_whose_package_is_missing_is_refused_before_ranks_meet(start, monkeypatch, section):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=rf"{section}.enabled .* missing here: pip install 'craken\[monitor\]'"):
+        start(**{section: {"enabled": True}})
+    assert not is_initialized()
+
+
+def test_a_data_set_is_batched_by_the_users_collate_fn():
+    config = {"train_micro_batch_size_per_gpu": 2}
+    engine, _, batches, _ = craken.initialize(
+        model=nn.Linear(1, 1), config=config, training_data=list("abcd"), collate_fn="+".join
     )
+    assert sorted(letter for batch in batches for letter in batch.split("+")) == list("abcd")
+    engine.destroy()
+    shutdown()
+
+
+def test_no_process_group_is_made_where_the_user_said_not_to():
+    with pytest.raises(ValueError, match="dist_init_required"):
+        craken.initialize(model=nn.Linear(1, 1), config={"train_micro_batch_size_per_gpu": 2}, dist_init_required=False)
+    assert not is_initialized()
+
+
+@pytest.mark.parametrize(("ranks", "expected"), [(None, ["hello"]), ([1], []), ([-1], ["[rank 0] hello"])])
+def test_log_dist_speaks_on_the_ranks_named(lines, ranks, expected):
+    log_dist("hello", ranks=ranks)
+    assert lines == expected
+
+
+def test_memory_is_shown_when_forced(lines):
+    see_memory_usage("before")
+    see_memory_usage("after", force=True)
+    (line,) = lines
+    assert line.startswith("after | ")
+    assert re.search(r"GiB in use, \d.* GiB at peak of \d.*; host: \d.* GiB used", line)
+
+
+def test_progress_and_time_are_printed_when_asked_for(start, lines):
     engine = start(steps_per_print=2, wall_clock_breakdown=True)
     for _ in range(4):
         take_step(engine)
