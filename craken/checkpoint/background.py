@@ -12,7 +12,7 @@ name or deletes it, and leaves the verdict, which is the same everywhere.
 
 The copy is of what this rank writes (replicated tensors are shared out before), in host memory that is kept from save
 to save, pinned where there is CUDA: the price of a save in the background is that memory, once. The writer thread is
-no daemon: the interpreter waits for it.
+no daemon: the interpreter waits for it, and ends with 1 where it failed and nobody has been told.
 """
 
 from __future__ import annotations
@@ -30,12 +30,13 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from craken.checkpoint import folder as folders
+from craken.checkpoint import unheard
 from craken.checkpoint.agreement import Failure, combined, failure_of, run_on_all
 from craken.checkpoint.entry import Piece, bytes_of
 from craken.checkpoint.index import WrittenFile
 from craken.checkpoint.place import Place
 from craken.checkpoint.saver import Prepared, Target, prepare, publish, write
-from craken.comm import Mailbox, MeshAxis
+from craken.comm import Mailbox, MeshAxis, all_reduce_sum
 from craken.disk import pages
 from craken.log import log_dist, logger, warn_once
 
@@ -114,7 +115,21 @@ class BackgroundSaver:
             return
         wait_for([self._under_way])  # an interrupt leaves it under way: its copy may not be written over
         done, self._under_way = self._under_way, None
-        done.result()
+        error = done.exception()
+        if error is not None:
+            unheard.drop(error)
+            raise error
+
+    def look(self, axis: MeshAxis) -> None:
+        """Collective over `axis` between a `save` and its end: `wait` once every rank's writer has come to an end.
+
+        So a failure is raised by the same call on all ranks, however unevenly they hear of it.
+        """
+        if self._under_way is None:
+            return
+        writing = torch.tensor([float(not self._under_way.done())], dtype=torch.float64, device="cpu")
+        if all_reduce_sum(writing, axis, label="ranks that write").item() == 0:
+            self.wait()
 
     def _copied(self, prepared: Prepared) -> tuple[list[Tensor], float]:
         """Copy what this rank writes; returns host tensors, uint8 [num_bytes of an entry], and the copy's seconds."""
@@ -151,7 +166,7 @@ def _start(writing: _Writing) -> Future[None]:
 
 
 def _run(writing: _Writing, result: Future[None]) -> None:
-    """Write, agree, and set the result; what went wrong is logged too, for who never asks."""
+    """Write, agree, and set the result; what went wrong is logged at once."""
     target, start_s = writing.prepared.target, time.perf_counter()
     path = target.folder / target.tag
     try:
@@ -159,18 +174,23 @@ def _run(writing: _Writing, result: Future[None]) -> None:
             verdict = _write_and_agree(writing)
     except Exception as error:  # noqa: BLE001 - raised at the next call; of this rank alone: it has lost the others
         logger.error("[rank %d] %s may not have been saved: %s", writing.axis.rank, path, error)
-        result.set_exception(RuntimeError(f"{target.doing}: rank {writing.axis.rank} has lost the others: {error}"))
+        _fail(result, RuntimeError(f"{target.doing}: rank {writing.axis.rank} has lost the others: {error}"))
         return
     if any(verdict):
         problem = combined(verdict, target.doing)
         log_dist(f"{path} was not saved: {problem}", level=logging.ERROR)
-        result.set_exception(problem)
+        _fail(result, problem)
     else:
         num_bytes = sum(tensor.numel() for tensor in writing.tensors)
         log_dist(f"saved {path}: {num_bytes:,} bytes of rank 0 in {time.perf_counter() - start_s:.2f} s")
         result.set_result(None)
     if writing.axis.rank == 0:
         _take_leave(writing)
+
+
+def _fail(result: Future[None], error: Exception) -> None:
+    unheard.hold(error)
+    result.set_exception(error)
 
 
 def _write_and_agree(writing: _Writing) -> list[Failure | None]:

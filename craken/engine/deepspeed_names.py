@@ -159,6 +159,14 @@ class DeepSpeedEngine(Engine):
         )
         return True
 
+    def step(self, lr_kwargs: dict[str, Any] | None = None) -> None:
+        """End a micro-batch; see `Engine.step`. At the boundary, after the update, on all ranks alike, it raises what
+        went wrong with a checkpoint that was being saved in the background: OSError or RuntimeError."""
+        num_steps = self.global_steps
+        super().step(lr_kwargs)
+        if self.global_steps > num_steps:
+            self._background.look(self.parts.axis)
+
     def wait_for_checkpoint(self) -> None:
         """Return once a checkpoint that is being saved in the background is on the disk; call it on all ranks.
 

@@ -74,12 +74,12 @@ def test_steps_taken_while_a_checkpoint_is_written_are_not_in_it(run_ranks, tmp_
     run_ranks(train_through_a_save, 2, str(tmp_path), stage, precision)
 
 
-def fail_in_the_background(folder: str) -> list[str]:
-    """Rank 1 cannot write once; returns what the calls after it raise."""
+def fail_in_the_background(folder: str) -> tuple[list[str], int]:
+    """Rank 1 cannot write, time and again; returns what the calls after it raise, and the step that raised."""
     engine, batches = started(2, "fp32", seed=0, keep_last=2)
     train(engine, batches, 1)
     engine.save_checkpoint(folder)
-    train(engine, batches, 1)
+    engine.wait_for_checkpoint()
     real, told = background.write, []
 
     def refuse(*args: Any) -> Any:
@@ -87,25 +87,31 @@ def fail_in_the_background(folder: str) -> list[str]:
             raise OSError(28, "No space left on device")
         return real(*args)
 
-    for call in (lambda: engine.save_checkpoint(folder, tag="again"), engine.wait_for_checkpoint, engine.destroy):
-        engine.wait_for_checkpoint()
+    def save() -> None:
+        engine.save_checkpoint(folder, tag="again")
+
+    def step() -> None:
+        train(engine, batches, 1000)
+
+    for call in (step, save, engine.wait_for_checkpoint, engine.destroy):
         with patch.object(background, "write", refuse):
             engine.save_checkpoint(folder, tag="lost")
-            train(engine, batches, 1)
             with pytest.raises(OSError, match="No space left") as caught:
                 call()
         told.append(str(caught.value))
         assert sorted(os.listdir(folder)) == ["global_step1", "latest", "zero_to_fp32.py"]
         if call != engine.destroy:
+            train(engine, batches, 1)
             engine.save_checkpoint(folder, tag="global_step1")
-    return told
+            engine.wait_for_checkpoint()
+    return told, engine.global_steps
 
 
 def test_a_failure_in_the_background_is_raised_on_all_ranks_at_the_next_call(run_ranks, tmp_path) -> None:
     first, second = run_ranks(fail_in_the_background, 2, str(tmp_path))
     assert first == second
     expected = f"saving a checkpoint to {tmp_path} failed on 1 of 2 ranks: rank 1: OSError: [Errno 28] No space left"
-    assert [text.startswith(expected) for text in first] == [True] * 3
+    assert [text.startswith(expected) for text in first[0]] == [True] * 4
     assert verify(tmp_path / "global_step1") == []
 
 
@@ -160,30 +166,37 @@ def test_a_rank_that_dies_while_it_writes_leaves_the_previous_and_the_next_save_
 
 
 SCRIPT = """
-import sys
+import atexit, os, sys
 import torch
 import craken
+atexit.register(print, "goodbye")
+craken.init_distributed()
 engine, *_ = craken.initialize(model=torch.nn.Linear(700, 1000), config={
     "train_micro_batch_size_per_gpu": 1, "optimizer": {"type": "SGD", "params": {"lr": 0.1}},
     "checkpoint": {"async_save": True}})
-if sys.argv[2] == "full":
+if sys.argv[2] == "full" and os.environ.get("RANK", "1") == "1":
     import resource
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
 engine.save_checkpoint(sys.argv[1], tag="a")
 """
+LAUNCH = "import sys; from craken.launch import launch_local; sys.exit(launch_local(sys.argv[1:], 2))"
 
 
 @pytest.mark.parametrize("disk", ["free", "full"])
 def test_a_program_that_ends_right_after_a_save_waits_for_it_and_never_fails_in_silence(tmp_path, disk) -> None:
-    result = subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(tmp_path), disk], capture_output=True, text=True, timeout=60, check=False
-    )
-    assert result.returncode == 0, result.stderr
+    (tmp_path / "script.py").write_text(SCRIPT)
+    ranks = [sys.executable, "-c", LAUNCH, sys.executable] if disk == "full" else [sys.executable]
+    command = [*ranks, str(tmp_path / "script.py"), str(tmp_path / "saved"), disk]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert "in the background: training stood still for" in result.stderr
     if disk == "free":
-        assert verify(tmp_path / "a") == []
-        assert f"saved {tmp_path / 'a'}: 2,8" in result.stderr  # 2.8 MB
+        assert result.returncode == 0, result.stderr
+        assert verify(tmp_path / "saved" / "a") == []
+        assert f"saved {tmp_path / 'saved' / 'a'}: 2,8" in result.stderr  # 2.8 MB
     else:
+        assert result.returncode == 1
+        assert "rank 1 (pid " in result.stderr
         assert "a was not saved: " in result.stderr
+        assert result.stdout.count("goodbye") == 2
         assert "File too large" in result.stderr
-        assert os.listdir(tmp_path) == []
+        assert os.listdir(tmp_path / "saved") == []
