@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -81,6 +81,7 @@ class Index:
     files: tuple[FileRecord, ...]
     tensors: dict[tuple[str, str], TensorRecord]  # by (kind, fqn)
     shared_state: Any  # encoded by state_codec
+    checksum: str = field(default="", compare=False)  # of its text, once it has one
 
 
 def build_index(
@@ -133,12 +134,12 @@ def read_index(folder: Place) -> Index:
     if not is_ours or version != VERSION or checksum != _checksum(body_text[:-2]):
         raise CheckpointDamaged(f"{path} is damaged: its checksum does not fit its text; load another tag")
     try:
-        return _index_of(body)
+        return _index_of(body, checksum)
     except (ValueError, TypeError, KeyError) as error:
         raise CheckpointDamaged(f"{path} is not a well-formed index of format version {VERSION}: {error!r}") from error
 
 
-def _index_of(body: dict[str, Any]) -> Index:
+def _index_of(body: dict[str, Any], checksum: str) -> Index:
     tensors = {}
     for fields in body["tensors"]:
         pieces = tuple(
@@ -149,7 +150,7 @@ def _index_of(body: dict[str, Any]) -> Index:
         record = TensorRecord(**{**fields, "shape": tuple(fields["shape"]), "pieces": pieces})
         tensors[record.kind, record.fqn] = record
     files = tuple(FileRecord(**{**fields, "name": _plain_name(fields["name"])}) for fields in body["files"])
-    return Index(int(body["world_size"]), int(body["block_bytes"]), files, tensors, body["shared_state"])
+    return Index(int(body["world_size"]), int(body["block_bytes"]), files, tensors, body["shared_state"], checksum)
 
 
 def _fields_of(tensor: TensorRecord) -> dict[str, Any]:

@@ -56,6 +56,11 @@ class Reader:
         return self._index.world_size
 
     @property
+    def fingerprint(self) -> str:
+        """The checksum of the index, which has those of all tensors in it: equal for the same checkpoint alone."""
+        return self._index.checksum
+
+    @property
     def shared_state(self) -> Any:
         """What rank 0 gave as `shared_state`, built anew at each access."""
         return decode_state(self._index.shared_state, lambda name: self.read_full(SHARED_STATE, name))
