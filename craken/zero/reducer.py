@@ -259,7 +259,13 @@ class GradientReducer:
             self.observer.backward_ended()
 
     def abandon_backward(self) -> None:
-        """Forget that a backward was running: it raised. What it had reduced stays."""
+        """Forget the backward that was running, for it raised, and what the last step took, for a new one begins.
+
+        What a failed backward had reduced stays.
+        """
+        for group in self._groups:
+            if group.gradients.taken is not None:
+                group.gradients.drop()
         was_under_way = self._knows_its_end or self._callback is not None or self.is_running
         self._forget_end()
         if self.is_running:
