@@ -85,6 +85,8 @@ class ShardedStep:
 
         divisor: what the summed gradients must be divided by (ranks x loss scale). max_norm: 0 clips nothing.
         """
+        for group in self.groups:
+            group.check_params()
         votes = self._agree()
         norm = math.sqrt(votes.sum_of_squares) / divisor if votes.sum_of_squares >= 0 else math.nan
         is_finite = math.isfinite(norm)
