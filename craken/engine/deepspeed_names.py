@@ -289,6 +289,7 @@ class DeepSpeedEngine(Engine):
         if self.parts.shelf.link.host_is_device:
             warn_once("offload_states(): host and device are one memory here, nothing moves")
             return
+        self._reducer.abandon_backward()
         tensors = states_of_kinds(self.groups, self.parts.layers.frozen, self.parts.binding, asked)
         self.parking.take(tensors, pins=pin_memory)
 
