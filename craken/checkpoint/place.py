@@ -30,6 +30,12 @@ class Url(os.PathLike[str]):
         """The last part."""
         return self.text.rsplit("/", 1)[-1]
 
+    @property
+    def parent(self) -> Url:
+        """What the last part lies in."""
+        scheme, _, rest = self.text.partition("://")
+        return Url(f"{scheme}://{rest.rpartition('/')[0]}")
+
 
 Place = Path | Url
 
@@ -50,7 +56,15 @@ def place_of(folder: str | os.PathLike[str]) -> Place:
     scheme, is_url, rest = text.partition("://")
     if not is_url:
         return Path(text)
-    return Path(rest) if scheme in _LOCAL_SCHEMES else Url(text.rstrip("/"))
+    return Path(rest) if scheme in _LOCAL_SCHEMES else Url(f"{scheme}://{rest.rstrip('/')}")
+
+
+def host_path(folder: str | os.PathLike[str]) -> Path:
+    """Return the path of this host that `folder` names; ValueError for the URL of a store."""
+    place = place_of(folder)
+    if isinstance(place, Url):
+        raise ValueError(f"{place}: expected a folder of this host; in stores there are checkpoints of ours alone")
+    return place.expanduser()
 
 
 def read_bytes(file: Place) -> bytes:
@@ -70,6 +84,17 @@ def num_bytes_of(file: Place) -> int:
     return int(store.size(path))
 
 
+def modified_ns(file: Place) -> int:
+    """Return when a file was written, in nanoseconds; 0 where a store does not tell."""
+    if isinstance(file, Path):
+        return file.stat().st_mtime_ns
+    store, path = reach(file)
+    try:
+        return int(store.modified(path).timestamp() * 1e9)
+    except NotImplementedError:
+        return 0
+
+
 def is_file(file: Place) -> bool:
     """Whether there is a file."""
     if isinstance(file, Path):
@@ -85,10 +110,13 @@ def open_file(file: Place) -> OpenFile:
 
 
 def reach(url: Url) -> tuple[Any, str]:
-    """Return the fsspec file system that a URL lies in, and its path there; ImportError naming a missing package."""
+    """Return the fsspec file system that a URL lies in, and its path there; ValueError for a store it cannot reach."""
     import fsspec  # 60 ms, for those who use a store
 
-    store, path = fsspec.core.url_to_fs(str(url))
+    try:
+        store, path = fsspec.core.url_to_fs(str(url))
+    except (ImportError, ValueError) as error:
+        raise ValueError(f"{url}: {error}") from error  # an unknown scheme, or a package to install
     return store, path
 
 
