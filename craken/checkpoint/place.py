@@ -86,9 +86,12 @@ def is_file(file: Place) -> bool:
     return bool(store.isfile(path))
 
 
-def open_file(file: Place) -> OpenFile:
-    """Open a file for reading; FileNotFoundError when there is none, at the latest at the first read."""
-    return _LocalFile(file) if isinstance(file, Path) else _RemoteFile(file)
+def open_file(file: Place, *, is_shared: bool = False) -> OpenFile:
+    """Open a file for reading; FileNotFoundError when there is none, at the latest at the first read.
+
+    is_shared: other processes of this host read the same bytes, so that the page cache saves the disk all but one time.
+    """
+    return _LocalFile(file, is_direct=not is_shared) if isinstance(file, Path) else _RemoteFile(file)
 
 
 def reach(url: Url) -> tuple[Any, str]:
@@ -104,10 +107,11 @@ class _LocalFile:
 
     part_bytes = 2 << 20  # a part is checked while the next ones come
 
-    def __init__(self, file: Path) -> None:
+    def __init__(self, file: Path, *, is_direct: bool) -> None:
         self._fd, self._direct_fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC), -1
-        with contextlib.suppress(OSError, AttributeError):  # not every system, and not every file system, has it
-            self._direct_fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
+        if is_direct:
+            with contextlib.suppress(OSError, AttributeError):  # not every system, and not every file system, has it
+                self._direct_fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
         self._is_direct = self._direct_fd >= 0
 
     def read_into(self, into: memoryview, start: int) -> int:

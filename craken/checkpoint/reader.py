@@ -92,8 +92,11 @@ class Reader:
         """Return the dtype of a tensor; ValueError when there is no such tensor."""
         return dtype_of(self._record(kind, fqn).dtype)
 
-    def read(self, kind: str, spec: ShardSpec, out: Tensor) -> None:
+    def read(self, kind: str, spec: ShardSpec, out: Tensor, *, is_shared: bool = False) -> None:
         """Fill `out` (contiguous, `spec.numel` elements, any device) with the range that `spec` names.
+
+        is_shared: other processes of this host read the same range; it then comes through the page cache. Holds up to
+        four blocks (32 MiB) where `out` is on a device or blocks reach beyond the range, else 4 MiB besides `out`.
 
         ValueError when `out` or `spec` does not fit what is stored (nothing is converted); CheckpointDamaged, with
         `out` in an undefined state, when a block cannot be read or its checksum does not fit.
@@ -105,7 +108,9 @@ class Reader:
         with record_function(f"craken::checkpoint::read ({kind} {spec.fqn})"):
             reads = plan_reads(record, spec.offset, spec.numel, itemsize=itemsize, block_bytes=block_bytes)
             is_small = sum(read.num_bytes for read in reads) <= _SMALL_BYTES
-            _read_all(self.path, reads, out, record, at_once if is_small else self._threads.submit)
+            submit = at_once if is_small else self._threads.submit
+            with _open_all(self.path, reads, is_shared=is_shared) as files:
+                _read_all(self.path, files, reads, out, record, submit)
 
     def read_full(self, kind: str, fqn: str) -> Tensor:
         """Return a whole tensor, new, on the CPU."""
@@ -159,33 +164,34 @@ def _place_in(out: Tensor, read: BlockRead) -> Tensor:  # uint8 [take]
     return bytes_of(out)[read.into : read.into + read.take]
 
 
-def _read_all(path: Place, reads: list[BlockRead], out: Tensor, record: TensorRecord, submit: Submit) -> None:
+def _read_all(
+    path: Place, files: dict[str, OpenFile], reads: list[BlockRead], out: Tensor, record: TensorRecord, submit: Submit
+) -> None:
     """Read and check the blocks in order, some ahead of the one that is checked; `out` is the caller's on return."""
     arrivals: deque[_Arrival] = deque()
-    with _open_all(path, reads) as files:
-        try:
-            for read in reads:
-                if len(arrivals) == _NUM_BLOCKS:
-                    arrivals.popleft().land(out)
-                in_place = read.is_whole and in_host_memory(out)
-                scratch = None if in_place else torch.empty(read.num_bytes, dtype=torch.uint8, device="cpu")
-                memory = memory_of(_place_in(out, read) if scratch is None else scratch)
-                block = begin_block(path, files[read.file], read, memory, record, submit)
-                arrivals.append(_Arrival(block, read, scratch))
-            while arrivals:
+    try:
+        for read in reads:
+            if len(arrivals) == _NUM_BLOCKS:
                 arrivals.popleft().land(out)
-        finally:
-            for arrival in arrivals:
-                arrival.block.settle()
+            in_place = read.is_whole and in_host_memory(out)
+            scratch = None if in_place else torch.empty(read.num_bytes, dtype=torch.uint8, device="cpu")
+            memory = memory_of(_place_in(out, read) if scratch is None else scratch)
+            block = begin_block(path, files[read.file], read, memory, record, submit)
+            arrivals.append(_Arrival(block, read, scratch))
+        while arrivals:
+            arrivals.popleft().land(out)
+    finally:
+        for arrival in arrivals:
+            arrival.block.settle()
 
 
 @contextmanager
-def _open_all(folder: Place, reads: list[BlockRead]) -> Iterator[dict[str, OpenFile]]:
+def _open_all(folder: Place, reads: list[BlockRead], *, is_shared: bool) -> Iterator[dict[str, OpenFile]]:
     with ExitStack() as stack:
         files: dict[str, OpenFile] = {}
         for name in dict.fromkeys(read.file for read in reads):
             try:
-                files[name] = stack.enter_context(closing(open_file(folder / name)))
+                files[name] = stack.enter_context(closing(open_file(folder / name, is_shared=is_shared)))
             except FileNotFoundError as error:
                 raise CheckpointDamaged(f"{folder / name} is missing; load another tag") from error
         yield files

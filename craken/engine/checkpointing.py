@@ -255,28 +255,37 @@ def _check_weights(engine: Engine, reader: Reader, *, is_strict: bool) -> None:
         )
 
 
-def _converting(reader: Reader) -> Callable[[str, ShardSpec, Tensor], None]:
-    """Return a `read(kind, spec, out [spec.numel])` that takes floating-point numbers of any dtype."""
+def _converting(reader: Reader, *, is_shared: bool) -> Callable[[str, ShardSpec, Tensor], None]:
+    """Return a `read(kind, spec, out [spec.numel])` that takes floating-point numbers of any dtype.
+
+    is_shared: every rank reads the same.
+    """
 
     def read(kind: str, spec: ShardSpec, out: Tensor) -> None:
         stored = reader.dtype(kind, spec.fqn)
         if stored == out.dtype or not (stored.is_floating_point and out.is_floating_point()):
-            reader.read(kind, spec, out)
+            reader.read(kind, spec, out, is_shared=is_shared)
             return
         as_stored = torch.empty(spec.numel, dtype=stored, device="cpu")  # [spec.numel]
-        reader.read(kind, spec, as_stored)
+        reader.read(kind, spec, as_stored, is_shared=is_shared)
         out.copy_(as_stored)
 
     return read
 
 
+def _holds_all(engine: Engine) -> bool:
+    """Whether every one of several ranks holds all masters and optimizer states."""
+    return engine.parts.axis.size > 1 and engine.parts.config.zero_optimization.stage == 0
+
+
 def _load_module(engine: Engine, reader: Reader) -> None:
-    read = _converting(reader)
-    zero_state.load_weights(engine.groups, read)
+    zero_state.load_weights(engine.groups, _converting(reader, is_shared=_holds_all(engine)))
+    read = _converting(reader, is_shared=False)
     for spec, tensor in zero_state.frozen_pieces(engine.parts.layers.frozen):
         if spec.fqn in reader.names(FROZEN):
             read(FROZEN, spec, tensor)
     saved = {kind: set(reader.names(kind)) for kind in (FROZEN, BUFFER)}
+    read = _converting(reader, is_shared=engine.parts.axis.size > 1)
     for kind, name, tensor in _whole_tensors(engine):
         if name in saved[kind]:
             flat = tensor.detach().contiguous().view(-1)
@@ -291,7 +300,7 @@ def _load_optimizer(engine: Engine, reader: Reader, saved: dict[str, Any]) -> No
     zero_state.load_optimizer(
         engine.parts.binding,
         _kinds_by_name(reader),
-        _converting(reader),
+        _converting(reader, is_shared=_holds_all(engine)),
         saved["scalars"],
         saved["groups"],
         zero_state.empty_state if swap is None else swap.empty_state,
