@@ -82,10 +82,14 @@ def _with_numbers_in_order(tag: str) -> list[tuple[int, str]]:
     return [(int(part), "") if i % 2 else (0, part) for i, part in enumerate(_NUMBER.split(tag))]
 
 
+def has_latest(folder: str | os.PathLike[str]) -> bool:
+    """Whether a folder or a URL has a file `latest`."""
+    return is_file(place_of(folder) / LATEST_NAME)
+
+
 def latest_tag(folder: str | os.PathLike[str]) -> str | None:
     """Return the tag that `latest` names in a folder or at a URL; None without that file."""
-    place = place_of(folder)
-    return find(place, None)[0] if is_file(place / LATEST_NAME) else None
+    return find(place_of(folder), None)[0] if has_latest(folder) else None
 
 
 @overload

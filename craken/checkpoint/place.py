@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from craken.disk import read_direct
+
 _LOCAL_SCHEMES = ("file", "local")
+_DIRECT_BYTES = 1 << 20  # smaller reads are faster through the page cache, which reads ahead
 
 
 @dataclass(frozen=True)
@@ -41,7 +46,9 @@ Place = Path | Url
 
 
 class OpenFile(Protocol):
-    """A file open for reading at any offset, by several threads at once."""
+    """A file open for reading at any offset, by several threads at once, at best `part_bytes` a call."""
+
+    part_bytes: int
 
     def read_into(self, into: memoryview, start: int) -> int:
         """Fill the beginning of `into` with bytes from `start` on; return how many, 0 at the end of the file."""
@@ -104,9 +111,12 @@ def is_file(file: Place) -> bool:
     return bool(store.isfile(path))
 
 
-def open_file(file: Place) -> OpenFile:
-    """Open a file for reading; FileNotFoundError when there is none, at the latest at the first read."""
-    return _LocalFile(file) if isinstance(file, Path) else _RemoteFile(file)
+def open_file(file: Place, *, is_shared: bool = False) -> OpenFile:
+    """Open a file for reading; FileNotFoundError when there is none, at the latest at the first read.
+
+    is_shared: other processes of this host read the same bytes, so that the page cache saves the disk all but one time.
+    """
+    return _LocalFile(file, is_direct=not is_shared) if isinstance(file, Path) else _RemoteFile(file)
 
 
 def reach(url: Url) -> tuple[Any, str]:
@@ -121,20 +131,38 @@ def reach(url: Url) -> tuple[Any, str]:
 
 
 class _LocalFile:
-    """A file descriptor."""
+    """Large parts come past the page cache, where the file system takes that, small ones through it."""
 
-    def __init__(self, file: Path) -> None:
-        self._fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+    part_bytes = 2 << 20  # a part is checked while the next ones come
+
+    def __init__(self, file: Path, *, is_direct: bool) -> None:
+        self._fd, self._direct_fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC), -1
+        if is_direct:
+            with contextlib.suppress(OSError, AttributeError):  # not every system, and not every file system, has it
+                self._direct_fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
+        self._is_direct = self._direct_fd >= 0
 
     def read_into(self, into: memoryview, start: int) -> int:
+        if self._is_direct and len(into) >= _DIRECT_BYTES:
+            try:
+                read_direct(self._direct_fd, into, start)
+                return len(into)
+            except OSError as error:
+                if error.errno != errno.EINVAL:
+                    raise
+                self._is_direct = False
         return os.preadv(self._fd, [into], start)
 
     def close(self) -> None:
         os.close(self._fd)
+        if self._direct_fd >= 0:
+            os.close(self._direct_fd)
 
 
 class _RemoteFile:
     """Requests for ranges, each on its own."""
+
+    part_bytes = 1 << 30  # blocks whole: each request costs a round trip
 
     def __init__(self, file: Url) -> None:
         self._store, self._path = reach(file)

@@ -131,23 +131,24 @@ def _some(names: Iterable[str]) -> str:
     return ", ".join([first, *rest[:3]]) + (f" and {len(rest) - 3} more" if len(rest) > 3 else "")
 
 
-def _converting(reader: Reader) -> Read:
+def _converting(reader: Reader, num_ranks: int) -> Read:
     """Return a `read(kind, spec, out [spec.numel])` that takes floating-point numbers of any dtype."""
 
     def read(kind: str, spec: ShardSpec, out: Tensor) -> None:
         stored = reader.dtype(kind, spec.fqn)
+        is_shared = num_ranks > 1 and spec.numel == spec.global_numel  # then it is whole on the others, too
         if stored == out.dtype or not (stored.is_floating_point and out.is_floating_point()):
-            reader.read(kind, spec, out)
+            reader.read(kind, spec, out, is_shared=is_shared)
             return
         as_stored = torch.empty(spec.numel, dtype=stored, device="cpu")  # [spec.numel]
-        reader.read(kind, spec, as_stored)
+        reader.read(kind, spec, as_stored, is_shared=is_shared)
         out.copy_(as_stored)
 
     return read
 
 
 def _load_module(engine: Engine, reader: Reader, kinds: Mapping[str, str]) -> tuple[None, None]:
-    read = _converting(reader)
+    read = _converting(reader, engine.parts.axis.size)
     zero_state.load_weights(engine.groups, lambda spec, out: read(kinds[spec.fqn], spec, out))
     for spec, tensor in zero_state.frozen_pieces(engine.parts.layers.frozen):
         if spec.fqn in kinds:
@@ -213,7 +214,7 @@ def _load_optimizer(engine: Engine, reader: Reader, saved: dict[str, Any], own: 
     zero_state.load_optimizer(
         binding,
         _kinds_by_name(reader),
-        _converting(reader),
+        _converting(reader, engine.parts.axis.size),
         saved,
         zero_state.empty_state if swap is None else swap.empty_state,
     )
