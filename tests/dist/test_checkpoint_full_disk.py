@@ -78,8 +78,7 @@ def save_into_less_and_less(disk: str, tag: str, in_background: bool) -> list[Ou
     return found
 
 
-@pytest.mark.parametrize("in_background", [False, True], ids=["at once", "in the background"])
-@pytest.mark.parametrize("tag", ["new", "kept"])
+@pytest.mark.parametrize(("tag", "in_background"), [("new", False), ("kept", False), ("new", True)])
 def test_a_full_disk_is_one_error_on_all_ranks_and_costs_nothing(
     run_ranks: Any, small_disk: Path, tag: str, in_background: bool
 ) -> None:

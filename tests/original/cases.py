@@ -52,6 +52,7 @@ class Case:
     release: str = "0.19.6"  # of the original
 
 
+TORCH_ADAM = {"betas": [0.9, 0.98], "torch_adam": True}
 MOMENTUM: dict[str, Any] = {"kind": "SGD", "optimizer": {"momentum": 0.9}, "states": ("momentum_buffer",)}
 CASES = {
     "fp32-stage0": Case(0, "fp32", num_groups=1),
@@ -62,17 +63,19 @@ CASES = {
     "bf16-stage1": Case(1, "bf16", {"data_types": {"grad_accum_dtype": "fp32"}}),
     "fp16-stage1": Case(1, "fp16", accumulation=2),
     "fp32-stage2": Case(2, "fp32", zero={"round_robin_gradients": True, "offload_optimizer": {"device": "cpu"}}),
-    "bf16-stage2": Case(2, "bf16", optimizer={"betas": [0.9, 0.98], "torch_adam": True}),
+    "bf16-stage2": Case(2, "bf16", optimizer=TORCH_ADAM),
     "fp16-stage2": Case(2, "fp16", {"fp16": {"enabled": True, "loss_scale": 128}}, accumulation=2),
     "elastic": Case(2, "bf16", zero={"elastic_checkpoint": True}),
     "fp32-stage3": Case(3, "fp32", zero={"sub_group_size": 50, "stage3_param_persistence_threshold": 20}),
     "bf16-stage3": Case(3, "bf16"),
-    "fp16-stage3": Case(3, "fp16", optimizer={"betas": [0.9, 0.98], "torch_adam": True}),
+    "fp16-stage3": Case(3, "fp16", optimizer=TORCH_ADAM),
     "universal-stage1": Case(1, "bf16", is_universal=True),
     "universal-stage3": Case(3, "fp32", is_universal=True),
     "sgd-bf16-stage0": Case(0, "bf16", **MOMENTUM),
     "sgd-fp16-stage2": Case(2, "fp16", **MOMENTUM),
     "adam-fp32-stage1": Case(1, "fp32", kind="Adam", optimizer={"betas": [0.9, 0.98], "adam_w_mode": False}),
+    "0.16.9-fp32-stage3": Case(3, "fp32", optimizer=TORCH_ADAM, release="0.16.9"),
+    "0.14.5-bf16-stage2": Case(2, "bf16", optimizer=TORCH_ADAM, release="0.14.5"),
     "adagrad-fp32-stage0": Case(0, "fp32", kind="Adagrad", optimizer={}, states=("sum",)),
 }
 

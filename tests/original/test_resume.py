@@ -95,8 +95,11 @@ def go_on(folder: str, name: str) -> dict[int, dict[str, Any]]:
     return found
 
 
-@pytest.mark.parametrize("num_ranks", [1, 2])
-@pytest.mark.parametrize("name", CASES)
+# what one rank adds, the other optimizers and releases need not show again
+ON_ONE_RANK = [name for name, case in CASES.items() if case.kind == "AdamW" and case.release == "0.19.6"]
+
+
+@pytest.mark.parametrize(("name", "num_ranks"), [*((name, 1) for name in ON_ONE_RANK), *((name, 2) for name in CASES)])
 def test_every_stage_goes_on_with_the_losses_of_the_original(run_ranks, imported, name, num_ranks) -> None:
     expected, by_rank = told(name), run_ranks(go_on, num_ranks, str(imported(name)), name)
     for stage in range(4):
