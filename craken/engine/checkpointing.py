@@ -20,7 +20,7 @@ from craken.engine.engine import Engine
 from craken.log import log_dist, warn_once
 from craken.precision import DynamicLossScale
 from craken.spec import ShardSpec
-from craken.zero import can_load, gradient_state, whole_numel
+from craken.zero import Keep, can_load, gradient_state, whole_numel
 from craken.zero import state as zero_state
 
 FROZEN, BUFFER = "frozen", "buffer"
@@ -275,7 +275,7 @@ def _converting(reader: Reader, *, is_shared: bool) -> Callable[[str, ShardSpec,
 
 def _holds_all(engine: Engine) -> bool:
     """Whether every one of several ranks holds all masters and optimizer states."""
-    return engine.parts.axis.size > 1 and engine.parts.config.zero_optimization.stage == 0
+    return engine.parts.axis.size > 1 and any(group.policy.optimizer is Keep.FULL for group in engine.groups)
 
 
 def _load_module(engine: Engine, reader: Reader) -> None:
