@@ -193,6 +193,7 @@ def _shared_state(engine: Engine, client_state: dict[str, Any]) -> dict[str, Any
         "skipped_steps": engine.skipped_steps,
         "micro_steps": engine.accumulation.micro_steps,
         "in_step": engine.accumulation.in_step,
+        "train_batch_size": engine.train_batch_size(),
         "zero_stage": engine.parts.config.zero_optimization.stage,
         "tied": _tied_names(engine.module),
         "loss_scale": engine.loss_scaler.state_dict(),
@@ -311,6 +312,13 @@ def _load_progress(engine: Engine, state: dict[str, Any]) -> None:
     engine.accumulation.micro_steps, engine.accumulation.in_step = state["micro_steps"], 0
     if isinstance(engine.loss_scaler, DynamicLossScale) and "steps_seen" in state["loss_scale"]:
         engine.loss_scaler.load_state_dict(state["loss_scale"])  # a scale that does not move is the config's
+    saved_size, size = state.get("train_batch_size"), engine.train_batch_size()
+    if saved_size not in (None, size):
+        warn_once(
+            f"saved with a train_batch_size of {saved_size}, going on with {size}: steps are of other samples, the "
+            f"loss curve is another; to keep it give a train_batch_size of {saved_size} (gradient_accumulation_steps "
+            "makes up for other ranks or micro-batches)"
+        )
     if engine.training_dataloader is not None and state["dataloader"] is not None:
         engine.training_dataloader.load_state_dict(state["dataloader"])
 
