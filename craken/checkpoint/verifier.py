@@ -59,7 +59,7 @@ def _file_damage(folder: Place, file: FileRecord) -> Iterator[Damage]:
 
 
 def _block_damage(folder: Place, file: FileRecord, index: Index) -> Iterator[Damage]:
-    scratch = memory_of(torch.empty(index.block_bytes, dtype=torch.uint8, device="cpu"))
+    scratch = memory_of(torch.empty(min(index.block_bytes, file.num_bytes), dtype=torch.uint8, device="cpu"))
     with closing(open_file(folder / file.name)) as stream:
         for record in index.tensors.values():
             yield from _tensor_damage(folder, stream, _part_in(file, record), scratch, index.block_bytes)
