@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
+
+from craken.checkpoint.read_ahead import ReadAhead
 
 _LOCAL_SCHEMES = ("file", "local")
 
 
 @dataclass(frozen=True)
 class Url(os.PathLike[str]):
-    """A prefix or a file in a store that fsspec reaches, used as a Path is: `url / name`, `url.name`, `str(url)`."""
+    """A prefix or a file in a store that fsspec reaches, used as a Path is: `url / name`, `url.name`, `str(url)`.
+
+    `ahead` keeps what was read ahead of the files below it, for a reader of files that do not change.
+    """
 
     text: str
+    ahead: ReadAhead | None = field(default=None, compare=False, repr=False)
 
     def __truediv__(self, name: str) -> Url:
-        return Url(f"{self.text}/{name}")
+        return replace(self, text=f"{self.text}/{name}")
 
     def __str__(self) -> str:
         return self.text
@@ -51,6 +57,11 @@ def place_of(folder: str | os.PathLike[str]) -> Place:
     if not is_url:
         return Path(text)
     return Path(rest) if scheme in _LOCAL_SCHEMES else Url(text.rstrip("/"))
+
+
+def reading_ahead(folder: Place) -> Place:
+    """Return `folder` for many small reads of the files in it, which must not change meanwhile."""
+    return Url(folder.text, ReadAhead()) if isinstance(folder, Url) else folder
 
 
 def read_bytes(file: Place) -> bytes:
@@ -106,15 +117,22 @@ class _LocalFile:
 
 
 class _RemoteFile:
-    """Requests for ranges, each on its own."""
+    """Requests for ranges, each on its own where nothing is read ahead."""
 
     def __init__(self, file: Url) -> None:
         self._store, self._path = reach(file)
+        self._ahead = file.ahead
 
     def read_into(self, into: memoryview, start: int) -> int:
-        data = self._store.cat_file(self._path, start=start, end=start + len(into))
+        if self._ahead is None:
+            data = self._fetch(start, start + len(into))
+        else:
+            data = self._ahead.read(self._path, start, len(into), self._fetch)
         into[: len(data)] = data
         return len(data)
 
     def close(self) -> None:
         """Nothing is held."""
+
+    def _fetch(self, start: int, end: int) -> bytes:
+        return bytes(self._store.cat_file(self._path, start=start, end=end))
