@@ -165,8 +165,8 @@ def _array_of(data: bytes, value: dict[str, Any], shape: list[int]) -> Any:
     is_shape = all(type(size) is int and size >= 0 for size in shape)
     if dtype.kind not in _ARRAY_KINDS or not is_shape or len(data) != dtype.itemsize * math.prod(shape):
         raise CheckpointDamaged(
-            f"a state has {len(data)} bytes for an array of dtype {code!r} and shape {shape}; expected booleans, numbers "
-            "or times, as many bytes as they take: load another tag"
+            f"a state has {len(data)} bytes for an array of dtype {code!r} and shape {shape}; expected booleans, "
+            "numbers or times, and as many bytes as they take; load another tag"
         )
     return np.ndarray(shape, dtype, buffer=bytearray(data))
 

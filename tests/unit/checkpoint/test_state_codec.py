@@ -141,7 +141,8 @@ def array(dtype: Any, shape: Any) -> dict[str, Any]:
         scalar("O", 8), scalar("O,i4", 12), scalar("(2,)O", 16), scalar(["O"], 8), scalar("V8", 8), scalar("S8", 8),
         scalar("<f4", 3), scalar("<f4", 8), scalar("<f4", 0), scalar(None, 8), array("O", [2]), array("<f8", [3]),
         array("<f8", [1]), array("<f8", [-1, -2]), array("<f8", [2.0]), array("<f8", 2), {"$": "array", "dtype": "<f8"},
-        {"$": "dict", "pairs": 3}, {"$": "tuple"}, {"$": "set", "items": [[]]}, {"$": ["tuple"]}, {"$": "int", "hex": 1},
+        {"$": "dict", "pairs": 3}, {"$": "tuple"}, {"$": "set", "items": [[]]}, {"$": ["tuple"]},
+        {"$": "int", "hex": 1},
         functools.reduce(lambda inner, _: [inner], range(5000), 0),
     ],
 )  # fmt: skip
