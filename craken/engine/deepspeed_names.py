@@ -137,7 +137,7 @@ class DeepSpeedEngine(Engine):
     def save_checkpoint(
         self,
         save_dir: str | os.PathLike[str],
-        tag: str | None = None,
+        tag: str | int | None = None,
         client_state: dict[str, Any] | None = None,
         save_latest: bool = True,
         exclude_frozen_parameters: bool = False,
@@ -150,9 +150,10 @@ class DeepSpeedEngine(Engine):
         `checkpoint.async_save` it returns once the state is copied, and raises what went wrong with the save before.
         """
         self.parking.check_empty("save_checkpoint()")
+        name = f"global_step{self.global_steps}" if tag is None else str(tag)
         checkpointing.save(
             self,
-            Target(place_of(save_dir), tag or f"global_step{self.global_steps}", save_latest, keep_last),
+            Target(place_of(save_dir), name, save_latest, keep_last),
             client_state=client_state or {},
             includes_frozen=not exclude_frozen_parameters,
             background=self._background,
@@ -189,7 +190,7 @@ class DeepSpeedEngine(Engine):
     def load_checkpoint(
         self,
         load_dir: str | os.PathLike[str],
-        tag: str | None = None,
+        tag: str | int | None = None,
         load_module_strict: bool = True,
         load_optimizer_states: bool = True,
         load_lr_scheduler_states: bool = True,
@@ -207,7 +208,7 @@ class DeepSpeedEngine(Engine):
             scheduler=load_lr_scheduler_states and not load_module_only,
             progress=not load_module_only,
         )
-        return checkpointing.load(self, load_dir, tag, what)
+        return checkpointing.load(self, load_dir, None if tag is None else str(tag), what)
 
     @property
     def _frees_weights(self) -> bool:
