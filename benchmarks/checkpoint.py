@@ -2,6 +2,7 @@
 
     python benchmarks/checkpoint.py --ranks 1 --folder /local_disk
     python benchmarks/checkpoint.py --ranks 2 --rounds 5 --gb-per-rank 1
+    python benchmarks/checkpoint.py --ranks 2 --stall
 
 Every rank brings its own gigabyte: weights and two moments, in host memory, random numbers. All ranks work at once,
 each way in turn, round after round; a time is the slowest rank's, from barrier to barrier.
@@ -15,6 +16,10 @@ each way in turn, round after round; a time is the slowest rank's, from barrier 
 Saving ends when all files and their folder are fsynced, whichever way it is. Before loading, files are dropped from the
 page cache (posix_fadvise, DONTNEED). `x disk` is the median over rounds of the rate over that of the faster plain loop
 in the same round. Extra MB is how far memory rose meanwhile over what the process held before or holds after.
+
+`--stall` measures instead for how long training stands still at a save in the background (`async_save`), with a step
+between two saves, beside a plain copy of as many bytes: into memory that is kept, and for the first save, which has to
+get its memory, into new memory.
 """
 
 from __future__ import annotations
@@ -42,6 +47,7 @@ from benchmarks.ranks import is_rank, run_on_ranks
 
 CALL_BYTES = 8 << 20
 TENSOR_BYTES = 16 << 20
+WIDTH = 1024
 KINDS = ("weight", "optimizer.exp_avg", "optimizer.exp_avg_sq")
 State = dict[str, Tensor]
 
@@ -157,6 +163,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--gb-per-rank", type=float, default=1.0)
     parser.add_argument("--folder", default=tempfile.gettempdir(), help="on the disk to measure; cleaned up behind")
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--stall", action="store_true", help="of saves in the background")
     options = parser.parse_args(arguments)
     if not set(PLAIN) <= set(options.ways) or not set(options.ways) <= set(WAYS):
         parser.error(f"expected {', '.join(PLAIN)} and any of {', '.join(WAYS)}, got {' '.join(options.ways)}")
@@ -238,6 +245,48 @@ def memory_of(tensor: Tensor) -> memoryview:
     return memoryview(tensor.view(torch.uint8).numpy().data)
 
 
+def measure_stalls(options: argparse.Namespace) -> dict[str, list[tuple[float, float]]]:
+    """Save an engine in the background, round after round; returns (stall, plain copy) in seconds, the first apart."""
+    import craken
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    num_layers = round(options.gb_per_rank * 1e9 * dist.get_world_size() / (12 * WIDTH**2))  # fp32 and two moments
+    model = torch.nn.Sequential(*(torch.nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(max(1, num_layers))))
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "optimizer": {"type": "AdamW"},
+        "zero_optimization": {"stage": 2},
+        "checkpoint": {"async_save": True},
+    }
+    engine, *_ = craken.initialize(model=model, model_parameters=model.parameters(), config=config)
+    source, kept = torch.empty(0), torch.empty(0)
+    found: list[tuple[float, float]] = []
+    for number in range(options.rounds + 1):
+        engine.backward(engine(torch.randn(1, WIDTH)).sum())
+        engine.step()
+        dist.barrier()
+        engine.save_checkpoint(options.folder, tag=f"stall{number}")
+        stall = engine.checkpoint_stall
+        engine.wait_for_checkpoint()
+        if number == 0:
+            source = torch.randint(255, (stall.num_bytes,), dtype=torch.uint8)
+        dist.barrier()
+        begin_s = time.perf_counter()
+        if number == 0:
+            kept = source.clone()
+        else:
+            kept.copy_(source)
+        found.append((stall.seconds, time.perf_counter() - begin_s))
+        dist.barrier()
+        if dist.get_rank() == 0:
+            shutil.rmtree(Path(options.folder) / f"stall{number}")
+            os.sync()
+    engine.destroy()
+    dist.destroy_process_group()
+    return {"turns": found}
+
+
 def sync(folder: Path) -> None:
     fd = os.open(folder, os.O_RDONLY)
     os.fsync(fd)
@@ -286,8 +335,17 @@ def rows_of(ranks: list[dict[str, list[list[float]]]], num_bytes: int) -> dict[s
     return rows
 
 
-def slowest(ranks: tuple[list[float], ...]) -> Measured:
-    return Measured(*map(max, zip(*ranks, strict=True)))
+def stall_table(ranks: list[dict[str, list[tuple[float, float]]]]) -> str:
+    """Put ranks and rounds together: the slowest rank's times; medians over all saves but the first."""
+    turns = [tuple(map(max, zip(*turn, strict=True))) for turn in zip(*(rank["turns"] for rank in ranks), strict=True)]
+    stalls, copies = zip(*turns[1:], strict=True)
+    ratio = statistics.median(stall / copy for stall, copy in turns[1:])
+    later = (statistics.median(stalls), statistics.median(copies), ratio)
+    first = (*turns[0], turns[0][0] / turns[0][1])
+    lines = [f"{'save':10}{'stall ms':>11}{'copy ms':>11}{'x copy':>11}"]
+    for name, (stall_s, copy_s, times) in (("first", first), ("later", later)):
+        lines.append(f"{name:10}{stall_s * 1e3:>11.0f}{copy_s * 1e3:>11.0f}{times:>11.2f}")
+    return "\n".join(lines)
 
 
 def table(rows: dict[str, dict[str, float]]) -> str:
@@ -300,11 +358,15 @@ def table(rows: dict[str, dict[str, float]]) -> str:
 def main() -> None:
     options = parse()
     if is_rank():
-        print(json.dumps(measure(options)), flush=True)
+        print(json.dumps(measure_stalls(options) if options.stall else measure(options)), flush=True)
         return
     with tempfile.TemporaryDirectory(dir=options.folder, prefix="craken-checkpoint-") as folder:
         flags = [f"--rounds={options.rounds}", f"--gb-per-rank={options.gb_per_rank}", f"--folder={folder}"]
+        flags += ["--stall"] * options.stall
         ranks = run_on_ranks([sys.executable, __file__, *options.ways, *flags], options.ranks, timeout_s=3600)
+    if options.stall:
+        print(stall_table(ranks))
+        return
     num_bytes = options.ranks * TENSOR_BYTES * max(1, round(options.gb_per_rank * 1e9 / TENSOR_BYTES))
     rows = rows_of(ranks, num_bytes)
     print(table(rows))

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from craken.comm import init_distributed as init_distributed
     from craken.engine import DeepSpeedEngine as DeepSpeedEngine
     from craken.engine import Engine as Engine
+    from craken.stop import StopRequest as StopRequest
     from craken.zero import GatheredParameters as GatheredParameters
     from craken.zero import Init as Init
     from craken.zero import OnDevice as OnDevice
@@ -33,6 +34,7 @@ _PUBLIC = {
     "register_external_parameter": "craken.zero",
     "unregister_external_parameter": "craken.zero",
     "DeepSpeedEngine": "craken.engine",
+    "StopRequest": "craken.stop",
 }
 
 __all__ = [
@@ -41,6 +43,7 @@ __all__ = [
     "GatheredParameters",
     "Init",
     "OnDevice",
+    "StopRequest",
     "__version__",
     "add_config_arguments",
     "check_config",

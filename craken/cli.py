@@ -50,9 +50,12 @@ def _launch(words: Sequence[str]) -> int:
 
 
 def _train(words: Sequence[str]) -> int:
-    from craken.train import main as train
+    from craken.stop import StopRequest
 
-    return train(list(words))
+    with StopRequest().listening() as request:
+        from craken.train.command import main as train  # takes seconds, in which a signal may come
+
+        return train(list(words), request=request)
 
 
 def _doctor(words: Sequence[str], prog: str = "craken doctor") -> int:

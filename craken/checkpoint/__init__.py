@@ -5,7 +5,7 @@ from craken.checkpoint.background import BackgroundSaver, Stall
 from craken.checkpoint.clone import clone_tensors_for_torch_save
 from craken.checkpoint.entry import Piece
 from craken.checkpoint.errors import CheckpointDamaged, CheckpointNotFound
-from craken.checkpoint.folder import has_latest, list_tags
+from craken.checkpoint.folder import latest_tag, list_tags
 from craken.checkpoint.place import Place, place_of
 from craken.checkpoint.reader import Reader
 from craken.checkpoint.retention import newest_first, newest_whole
@@ -23,7 +23,7 @@ __all__ = [
     "Stall",
     "Target",
     "clone_tensors_for_torch_save",
-    "has_latest",
+    "latest_tag",
     "list_tags",
     "newest_first",
     "newest_whole",

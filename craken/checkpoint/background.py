@@ -17,7 +17,6 @@ no daemon: the interpreter waits for it, and ends with 1 where it failed and nob
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from collections.abc import Iterable
@@ -38,7 +37,7 @@ from craken.checkpoint.place import Place
 from craken.checkpoint.saver import Prepared, Target, prepare, publish, write
 from craken.comm import Mailbox, MeshAxis, all_reduce_sum
 from craken.disk import pages
-from craken.log import log_dist, logger, warn_once
+from craken.log import log_dist, warn_once
 
 PATIENCE_S = 300.0  # from the end of a rank's own file to the others' letters, with _PATIENCE_RATIO of its own time
 _PATIENCE_RATIO = 20
@@ -166,22 +165,18 @@ def _start(writing: _Writing) -> Future[None]:
 
 
 def _run(writing: _Writing, result: Future[None]) -> None:
-    """Write, agree, and set the result; what went wrong is logged at once."""
+    """Write, agree, and set the result."""
     target, start_s = writing.prepared.target, time.perf_counter()
-    path = target.folder / target.tag
     try:
         with record_function(f"craken::checkpoint::write ({target.tag})"):
             verdict = _write_and_agree(writing)
     except Exception as error:  # noqa: BLE001 - raised at the next call; of this rank alone: it has lost the others
-        logger.error("[rank %d] %s may not have been saved: %s", writing.axis.rank, path, error)
         _fail(result, RuntimeError(f"{target.doing}: rank {writing.axis.rank} has lost the others: {error}"))
         return
     if any(verdict):
-        problem = combined(verdict, target.doing)
-        log_dist(f"{path} was not saved: {problem}", level=logging.ERROR)
-        _fail(result, problem)
+        _fail(result, combined(verdict, target.doing))
     else:
-        num_bytes = sum(tensor.numel() for tensor in writing.tensors)
+        path, num_bytes = target.folder / target.tag, sum(tensor.numel() for tensor in writing.tensors)
         log_dist(f"saved {path}: {num_bytes:,} bytes of rank 0 in {time.perf_counter() - start_s:.2f} s")
         result.set_result(None)
     if writing.axis.rank == 0:

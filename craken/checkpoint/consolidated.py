@@ -9,9 +9,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from craken.checkpoint.folder import has_latest
 from craken.checkpoint.index import INDEX_NAME
 from craken.checkpoint.lazy import LazyTensor
-from craken.checkpoint.place import Place
+from craken.checkpoint.place import Place, is_file, place_of
 from craken.checkpoint.reader import Reader
 from craken.spec import ShardSpec
 
@@ -39,21 +40,18 @@ def open_reader(checkpoint: str | os.PathLike[str], tag: str | None = None) -> R
     return Reader(folder, name)
 
 
-def locate(checkpoint: str | os.PathLike[str], tag: str | None) -> tuple[str, str | None]:
-    """Return the folder of tags and the tag (None: `latest`) that a path given by a user means."""
-    text = os.fspath(checkpoint)
-    if "://" in text:
-        return text, tag
-    path = Path(text).expanduser()
-    if (path / INDEX_NAME).is_file():
-        own = path.resolve()
+def locate(checkpoint: str | os.PathLike[str], tag: str | None) -> tuple[Place, str | None]:
+    """Return the folder of tags and the tag (None: `latest`) that a path or a URL given by a user means."""
+    place = place_of(os.path.expanduser(checkpoint))
+    if is_file(place / INDEX_NAME):
+        own = place.resolve() if isinstance(place, Path) else place
         if tag not in (None, own.name):
-            raise ValueError(f"{path} is the checkpoint {own.name!r} itself; give its parent folder to choose {tag!r}")
-        return str(path.parent if path.name else own.parent), own.name
-    within = path / "checkpoints"
-    if (within / "latest").is_file() and not (path / "latest").exists():
-        return str(within), tag
-    return str(path), tag
+            raise ValueError(f"{place} is the checkpoint {own.name!r} itself; give its parent folder to choose {tag!r}")
+        return place.parent if place.name else own.parent, own.name
+    within = place / "checkpoints"
+    if has_latest(within) and not has_latest(place):
+        return within, tag
+    return place, tag
 
 
 def consolidate(reader: Reader, *, includes_frozen: bool = True) -> Consolidated:

@@ -6,7 +6,6 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from craken.checkpoint import folder as folders
@@ -14,6 +13,7 @@ from craken.checkpoint.blocks import size_problem
 from craken.checkpoint.consolidated import FROZEN, WEIGHT, locate
 from craken.checkpoint.entry import dtype_of
 from craken.checkpoint.index import Index, TensorRecord, read_index
+from craken.checkpoint.place import Place, is_file, read_bytes
 
 _SHOWN_ITEMS = 6
 
@@ -78,7 +78,7 @@ def describe(checkpoint: str | os.PathLike[str], tag: str | None = None) -> Cont
     CheckpointNotFound lists the tags that exist; CheckpointDamaged when the index itself is.
     """
     folder, name = locate(checkpoint, tag)
-    tag, path = folders.find(Path(folder), name)
+    tag, path = folders.find(folder, name)
     index = read_index(path)
     state = index.shared_state if isinstance(index.shared_state, Mapping) else {}
     optimizer = state.get("optimizer") or None
@@ -86,8 +86,8 @@ def describe(checkpoint: str | os.PathLike[str], tag: str | None = None) -> Cont
     return Contents(
         path=str(path),
         tag=tag,
-        tags=folders.list_tags(Path(folder)),
-        latest=_latest(Path(folder)),
+        tags=folders.list_tags(folder),
+        latest=_latest(folder),
         num_ranks=index.world_size,
         num_parameters=sum(fact.numel for fact in kinds if fact.kind in (WEIGHT, FROZEN)),
         progress={key: state.get(key) for key in ("global_steps", "skipped_steps", "micro_steps", "zero_stage")},
@@ -150,6 +150,6 @@ def _tensor_facts(record: TensorRecord) -> TensorFacts:
     return TensorFacts(record.kind, record.fqn, list(record.shape), record.dtype, _num_bytes(record), pieces)
 
 
-def _latest(folder: Path) -> str | None:
+def _latest(folder: Place) -> str | None:
     path = folder / folders.LATEST_NAME
-    return path.read_text("utf-8", "replace").strip() if path.is_file() else None
+    return read_bytes(path).decode("utf-8", "replace").strip() if is_file(path) else None

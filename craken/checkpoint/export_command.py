@@ -14,7 +14,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from craken.checkpoint.errors import CheckpointDamaged
 from craken.checkpoint.export import Changes, LinearLayers, Planned, check_target, plan_export, write_export
 from craken.checkpoint.inspect_command import human_bytes
-from craken.checkpoint.place import Place
+from craken.checkpoint.place import Place, host_path
 from craken.checkpoint.weight_files import Written, parse_size
 from craken.log import logger
 
@@ -92,15 +92,17 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_EXAMPLES,
     )
     parser.add_argument("checkpoint", metavar="CKPT", help="the folder with `latest` in it, or one tag's folder")
-    parser.add_argument("out", metavar="OUT", type=Path, help="a new or empty folder")
+    parser.add_argument("out", metavar="OUT", type=_folder, help="a new or empty folder")
     parser.add_argument("--tag", help="a checkpoint other than the latest, such as global_step100")
     parser.add_argument("--dtype", choices=list(_DTYPES), help="of the weights (as they are stored: fp32 masters)")
     parser.add_argument("--max-shard-size", type=_size, default=parse_size("5GB"), metavar="SIZE", help="a file (5GB)")
     parser.add_argument(
-        "--model-files", type=Path, metavar="DIR", help="with config.json, tokenizer (looked for near CKPT)"
+        "--model-files", type=_folder, metavar="DIR", help="with config.json, tokenizer (looked for near CKPT)"
     )
-    parser.add_argument("--merge-adapter", type=Path, metavar="DIR", help="a LoRA adapter that PEFT wrote, to add in")
-    parser.add_argument("--base", type=Path, metavar="DIR", help="the base model, if CKPT has no frozen weights")
+    parser.add_argument(
+        "--merge-adapter", type=_folder, metavar="DIR", help="a LoRA adapter that PEFT wrote, to add in"
+    )
+    parser.add_argument("--base", type=_folder, metavar="DIR", help="the base model, if CKPT has no frozen weights")
     parser.add_argument(
         "--quantise",
         "--quantize",
@@ -113,5 +115,12 @@ def _parser() -> argparse.ArgumentParser:
 def _size(text: str) -> int:
     try:
         return parse_size(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _folder(text: str) -> Path:
+    try:
+        return host_path(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None

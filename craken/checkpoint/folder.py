@@ -88,6 +88,11 @@ def has_latest(folder: str | os.PathLike[str]) -> bool:
     return is_file(place_of(folder) / LATEST_NAME)
 
 
+def latest_tag(folder: str | os.PathLike[str]) -> str | None:
+    """Return the tag that `latest` names in a folder or at a URL; None without that file."""
+    return find(place_of(folder), None)[0] if has_latest(folder) else None
+
+
 @overload
 def find(folder: Path, tag: str | None) -> tuple[str, Path]: ...
 @overload

@@ -24,6 +24,7 @@ from craken.checkpoint.errors import CheckpointDamaged
 from craken.checkpoint.export import check_space
 from craken.checkpoint.folder import sync_folder
 from craken.checkpoint.lazy import LazyTensor, cast
+from craken.checkpoint.place import host_path
 from craken.checkpoint.weight_files import parse_size, shard_names, split, write_index, write_model
 from craken.log import logger
 
@@ -101,9 +102,11 @@ def convert_zero_checkpoint_to_fp32_state_dict(
     next: plain tensors that `torch.load(..., weights_only=True)` takes, a shard in memory at a time. Shards and an
     index where more than `max_shard_size` is written (None: one file). Files appear whole; OSError on a full disk.
     """
+    output = host_path(output_dir)
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"{output} is a file; expected a folder: choose another")
     weights = _weights(checkpoint_dir, tag, includes_frozen=not exclude_frozen_parameters)
     max_bytes = sys.maxsize if max_shard_size is None else parse_size(max_shard_size)
-    output = Path(output_dir).expanduser()
     output.mkdir(parents=True, exist_ok=True)
     check_space(output, sum(tensor.num_bytes for tensor in weights.tensors.values()))
     staging = output / f".zero_to_fp32.tmp-{secrets.token_hex(8)}"

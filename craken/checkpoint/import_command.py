@@ -30,7 +30,10 @@ def main(words: Sequence[str]) -> int:
 
 
 def _names_in(file: Path) -> list[list[str]]:
-    groups: Any = json.loads(file.read_text(encoding="utf-8"))
+    try:
+        groups: Any = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is not JSON: {error}") from error
     is_right = isinstance(groups, list) and all(
         isinstance(group, list) and all(isinstance(name, str) for name in group) for group in groups
     )
@@ -45,8 +48,8 @@ def _parser() -> argparse.ArgumentParser:
         description="Turn a checkpoint that DeepSpeed wrote into one of ours, which any stage on any number of ranks "
         "resumes from. The original stays as it is.",
     )
-    parser.add_argument("checkpoint", type=Path, metavar="CKPT", help="the folder given to save_checkpoint, or a tag's")
-    parser.add_argument("out", type=Path, metavar="OUT", help="the folder to write TAG and `latest` into")
+    parser.add_argument("checkpoint", metavar="CKPT", help="the folder given to save_checkpoint, or a tag's")
+    parser.add_argument("out", metavar="OUT", help="the folder to write TAG and `latest` into")
     parser.add_argument("--tag", help="which checkpoint in CKPT (the one `latest` names)")
     parser.add_argument(
         "--groups",

@@ -25,6 +25,7 @@ from craken.checkpoint.original_folder import OriginalFolder, find_original
 from craken.checkpoint.original_replicated import Names, trained_by_all
 from craken.checkpoint.original_universal import trained_by_parameter
 from craken.checkpoint.original_zero import cut_by_parameter, flattened, trained_by_ranks
+from craken.checkpoint.place import host_path
 from craken.checkpoint.saver import save
 from craken.comm import MeshAxis
 from craken.log import warn_once
@@ -61,9 +62,9 @@ def import_original(
     CheckpointDamaged for what cannot be read, FileExistsError when `out` has the tag, all before anything is written;
     OSError when the file system refuses.
     """
-    found = find_original(Path(source), tag)
+    out, found = host_path(out), find_original(host_path(source), tag)
     check_tag(found.tag)
-    target = Path(out) / found.tag
+    target = out / found.tag
     if target.exists() or target.is_symlink():
         raise FileExistsError(f"{target} exists, nothing is overwritten: choose another folder")
     for file in found.files:

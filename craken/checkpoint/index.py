@@ -17,7 +17,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Container, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -82,6 +82,7 @@ class Index:
     files: tuple[FileRecord, ...]
     tensors: dict[tuple[str, str], TensorRecord]  # by (kind, fqn)
     shared_state: Any  # encoded by state_codec
+    checksum: str = field(default="", compare=False)  # of its text, once it has one
 
 
 def build_index(
@@ -133,7 +134,7 @@ def read_index(folder: Place) -> Index:
     if not is_ours or version != VERSION or checksum != _checksum(body_text[:-2]):
         raise CheckpointDamaged(f"{path} is damaged: its checksum does not fit its text; load another tag")
     try:
-        return _index_of(body)
+        return _index_of(body, checksum)
     except ValueError as error:
         what = str(error)
     except (TypeError, KeyError, AttributeError) as error:
@@ -141,7 +142,7 @@ def read_index(folder: Place) -> Index:
     raise CheckpointDamaged(f"{path} is not a well-formed index of format version {VERSION}: {what}; load another tag")
 
 
-def _index_of(body: dict[str, Any]) -> Index:
+def _index_of(body: dict[str, Any], checksum: str) -> Index:
     """Return the index, if every byte range lies in its file and every element of every tensor in one of them."""
     world_size, block_bytes, shared_state = body["world_size"], body["block_bytes"], body["shared_state"]
     if not _are_counts(world_size, block_bytes) or not world_size or not block_bytes or type(shared_state) is not dict:
@@ -159,7 +160,7 @@ def _index_of(body: dict[str, Any]) -> Index:
             raise ValueError(f"{record.kind} of {record.fqn} is there twice")
         _check_tensor(record, files, block_bytes)
         tensors[record.kind, record.fqn] = record
-    return Index(world_size, block_bytes, tuple(files.values()), tensors, shared_state)
+    return Index(world_size, block_bytes, tuple(files.values()), tensors, shared_state, checksum)
 
 
 def _check_file(file: FileRecord, others: Container[str]) -> None:

@@ -69,7 +69,7 @@ class Trained:
                         f"of a tensor that has {tensor.numel()}"
                     )
                 self.add_piece(kind, spec, tensor.reshape(-1).narrow(0, slot.start, slot.numel))
-            if scalars:
+            if flat.state:  # a state of tensors alone, SGD's momentum, counts too
                 self.scalars[slot.name] = scalars_for_torch(scalars)
 
     def add_piece(self, kind: str, spec: ShardSpec, tensor: Tensor) -> None:

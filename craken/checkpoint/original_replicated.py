@@ -1,8 +1,9 @@
 """Takes masters and optimizer states from a stage-0 model file, which names no parameter in them.
 
-With bf16 or fp16 each optimizer group is one flat fp32 tensor. Whose a part of it is, the weights tell: they equal it
-rounded to their dtype. In fp32 the optimizer has one state a parameter, in the order of its groups; shapes decide, and
-where they leave a choice the names have to be given.
+With bf16 or fp16 each optimizer group is one flat fp32 tensor, or, of optimizers that the original has no kernel for,
+one tensor a parameter. Whose a part of it is, the weights tell: they equal it rounded to their dtype. In fp32 the
+optimizer has one state a parameter, in the order of its groups; shapes decide, and where they leave a choice the names
+have to be given.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from craken.checkpoint.original_contents import (
 )
 from craken.spec import ShardSpec
 
+_FLAT, _UNFUSED = "fp32_groups_flat", "fp32_groups"
 Names = Sequence[Sequence[str]]  # a list for each optimizer group, in its order
 _HOW_TO_NAME = "give --groups FILE: a JSON list with a list of parameter names for each optimizer group, in its order"
 
@@ -43,8 +45,8 @@ def trained_by_all(
         _check_names(names, weights)
     if not optimizer:
         return _weights_alone(weights)
-    if "fp32_groups_flat" in optimizer:
-        return _from_flats(file, weights, optimizer, names)
+    if _FLAT in optimizer or _UNFUSED in optimizer:
+        return _from_masters(file, weights, optimizer, names)
     if "param_groups" in optimizer:
         return _from_states(file, weights, optimizer, names)
     raise ValueError(f"{file}: the optimizer's state has the keys {sorted(optimizer)}; expected a torch optimizer's")
@@ -57,18 +59,31 @@ def _weights_alone(weights: Mapping[str, Tensor]) -> Trained:
     return trained
 
 
-def _from_flats(
+def _from_masters(
     file: Path, weights: Mapping[str, Tensor], optimizer: Mapping[str, Any], names: Names | None
 ) -> Trained:
     base, shapes = optimizer["optimizer_state_dict"], {name: tuple(value.shape) for name, value in weights.items()}
     trained = Trained(groups=options_for_torch(base["param_groups"]), loss_scale=loss_scale_of(optimizer))
     left = dict(weights)
-    for index, masters in enumerate(optimizer["fp32_groups_flat"]):
-        slots = _slots_by_value(file, masters, left, None if names is None else names[index])
-        left = {name: value for name, value in left.items() if name not in {slot.name for slot in slots}}
-        members = base["param_groups"][index]["params"]
-        step = step_of_group(base["state"], members)
-        trained.add(Flat(masters, with_step(base["state"].get(members[0], {}), step), slots), shapes, file)
+    for index, group in enumerate(base["param_groups"]):
+        step = step_of_group(base["state"], group["params"])
+        given = None if names is None else names[index]
+        if _FLAT in optimizer:
+            parts = [(optimizer[_FLAT][index], given)]
+        else:
+            each = optimizer[_UNFUSED][index]
+            if given is not None and len(given) != len(each):
+                raise ValueError(
+                    f"{file}: group {index} has {len(each)} parameters, {len(given)} named; {_HOW_TO_NAME}"
+                )
+            parts = [(master, given and [given[number]]) for number, master in enumerate(each)]
+        for (masters, members), key in zip(parts, group["params"], strict=True):
+            may_be = (
+                left if _FLAT in optimizer else {n: value for n, value in left.items() if shapes[n] == masters.shape}
+            )
+            slots = _slots_by_value(file, masters.reshape(-1), may_be if members is None else left, members)
+            left = {name: value for name, value in left.items() if name not in {slot.name for slot in slots}}
+            trained.add(Flat(masters, with_step(base["state"].get(key, {}), step), slots), shapes, file)
     return trained
 
 
@@ -130,8 +145,8 @@ def _add_whole(trained: Trained, file: Path, name: str, weight: Tensor, state: M
                 f"{_HOW_TO_NAME}"
             )
         trained.add_piece(OPTIMIZER + key, _whole(name, weight), value)
-    if scalars := {key: value for key, value in state.items() if key not in tensors}:
-        trained.scalars[name] = scalars_for_torch(scalars)
+    if state:
+        trained.scalars[name] = scalars_for_torch({key: value for key, value in state.items() if key not in tensors})
 
 
 def _names_by_shape(

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.profiler import record_function
 
 from craken.checkpoint import folder as folders
-from craken.checkpoint.blocks import read_block, size_problem
+from craken.checkpoint.blocks import ComingBlock, Submit, at_once, begin_block, size_problem
 from craken.checkpoint.entry import (
     RANK_STATE,
     RESERVED_KINDS,
@@ -31,7 +32,9 @@ from craken.checkpoint.read_plan import BlockRead, plan_reads
 from craken.checkpoint.state_codec import decode_state
 from craken.spec import ShardSpec
 
-_NUM_THREADS = 4  # overlap reading with checking; 1.3 x one thread on a cold 256 MB
+_NUM_THREADS = 4
+_NUM_BLOCKS = 4  # on their way at a time
+_SMALL_BYTES = 1 << 20  # up to here waking a thread costs more than it saves
 
 
 class Reader:
@@ -46,6 +49,7 @@ class Reader:
         self.tag, path = folders.find(place_of(folder), tag)
         self.path = reading_ahead(path)
         self._index = read_index(self.path)
+        self._threads = ThreadPoolExecutor(_NUM_THREADS, "craken-checkpoint-read")  # started when needed, end with it
         for file in self._index.files:
             problem = size_problem(self.path, file)
             if problem is not None:
@@ -55,6 +59,11 @@ class Reader:
     def world_size(self) -> int:
         """The number of ranks that saved."""
         return self._index.world_size
+
+    @property
+    def fingerprint(self) -> str:
+        """The checksum of the index, which has those of all tensors in it: equal for the same checkpoint alone."""
+        return self._index.checksum
 
     @property
     def shared_state(self) -> Any:
@@ -89,8 +98,11 @@ class Reader:
         """Return the dtype of a tensor; ValueError when there is no such tensor."""
         return dtype_of(self._record(kind, fqn).dtype)
 
-    def read(self, kind: str, spec: ShardSpec, out: Tensor) -> None:
+    def read(self, kind: str, spec: ShardSpec, out: Tensor, *, is_shared: bool = False) -> None:
         """Fill `out` (contiguous, `spec.numel` elements, any device) with the range that `spec` names.
+
+        is_shared: other processes of this host read the same range; it then comes through the page cache. Holds up to
+        four blocks (32 MiB) where `out` is on a device or blocks reach beyond the range, else 4 MiB besides `out`.
 
         ValueError when `out` or `spec` does not fit what is stored (nothing is converted); CheckpointDamaged, with
         `out` in an undefined state, when a block cannot be read or its checksum does not fit.
@@ -101,8 +113,10 @@ class Reader:
         block_bytes = self._index.block_bytes
         with record_function(f"craken::checkpoint::read ({kind} {spec.fqn})"):
             reads = plan_reads(record, spec.offset, spec.numel, itemsize=itemsize, block_bytes=block_bytes)
-            with _open_all(self.path, reads) as files:
-                _run_all([_job(self.path, files[read.file], read, out, record) for read in reads])
+            is_small = sum(read.num_bytes for read in reads) <= _SMALL_BYTES
+            submit = at_once if is_small else self._threads.submit
+            with _open_all(self.path, reads, is_shared=is_shared) as files:
+                _read_all(self.path, files, reads, out, record, submit)
 
     def read_full(self, kind: str, fqn: str) -> Tensor:
         """Return a whole tensor, new, on the CPU."""
@@ -138,36 +152,52 @@ def _check_fits(record: TensorRecord, spec: ShardSpec, out: Tensor) -> None:
         )
 
 
-def _job(path: Place, file: OpenFile, read: BlockRead, out: Tensor, record: TensorRecord) -> Callable[[], None]:
-    def run() -> None:
-        target = bytes_of(out)[read.into : read.into + read.take]  # [take]
-        if read.is_whole and in_host_memory(out):
-            read_block(path, file, read, memory_of(target), record)
-            return
-        scratch = torch.empty(read.num_bytes, dtype=torch.uint8, device="cpu")
-        read_block(path, file, read, memory_of(scratch), record)
-        target.copy_(scratch[read.skip : read.skip + read.take])
+class _Arrival(NamedTuple):
+    """A block on its way, into its place or, where only a part of it is wanted there, into `scratch` [num_bytes]."""
 
-    return run
+    block: ComingBlock
+    read: BlockRead
+    scratch: Tensor | None
+
+    def land(self, out: Tensor) -> None:
+        """Check the block, and put what is wanted of it where it belongs."""
+        self.block.check()
+        if self.scratch is not None:
+            _place_in(out, self.read).copy_(self.scratch[self.read.skip : self.read.skip + self.read.take])
 
 
-def _run_all(jobs: list[Callable[[], None]]) -> None:
-    if len(jobs) <= 1:
-        for job in jobs:
-            job()
-        return
-    with ThreadPoolExecutor(_NUM_THREADS) as pool:
-        for future in [pool.submit(job) for job in jobs]:
-            future.result()
+def _place_in(out: Tensor, read: BlockRead) -> Tensor:  # uint8 [take]
+    return bytes_of(out)[read.into : read.into + read.take]
+
+
+def _read_all(
+    path: Place, files: dict[str, OpenFile], reads: list[BlockRead], out: Tensor, record: TensorRecord, submit: Submit
+) -> None:
+    """Read and check the blocks in order, some ahead of the one that is checked; `out` is the caller's on return."""
+    arrivals: deque[_Arrival] = deque()
+    try:
+        for read in reads:
+            if len(arrivals) == _NUM_BLOCKS:
+                arrivals.popleft().land(out)
+            in_place = read.is_whole and in_host_memory(out)
+            scratch = None if in_place else torch.empty(read.num_bytes, dtype=torch.uint8, device="cpu")
+            memory = memory_of(_place_in(out, read) if scratch is None else scratch)
+            block = begin_block(path, files[read.file], read, memory, record, submit)
+            arrivals.append(_Arrival(block, read, scratch))
+        while arrivals:
+            arrivals.popleft().land(out)
+    finally:
+        for arrival in arrivals:
+            arrival.block.settle()
 
 
 @contextmanager
-def _open_all(folder: Place, reads: list[BlockRead]) -> Iterator[dict[str, OpenFile]]:
+def _open_all(folder: Place, reads: list[BlockRead], *, is_shared: bool) -> Iterator[dict[str, OpenFile]]:
     with ExitStack() as stack:
         files: dict[str, OpenFile] = {}
         for name in dict.fromkeys(read.file for read in reads):
             try:
-                files[name] = stack.enter_context(closing(open_file(folder / name)))
+                files[name] = stack.enter_context(closing(open_file(folder / name, is_shared=is_shared)))
             except FileNotFoundError as error:
                 raise CheckpointDamaged(f"{folder / name} is missing; load another tag") from error
         yield files

@@ -16,16 +16,20 @@ from craken.checkpoint import folder as folders
 from craken.checkpoint.blocks import size_problem
 from craken.checkpoint.errors import CheckpointDamaged, CheckpointNotFound
 from craken.checkpoint.index import INDEX_NAME, read_index
+from craken.checkpoint.place import modified_ns, place_of
 from craken.checkpoint.verifier import verify
 from craken.log import warn_once
 
 
 def newest_first(folder: str | os.PathLike[str]) -> list[str]:
-    """Return the tags in `folder` in the order in which they were saved, the last one first; none without a folder."""
-    times = {}
-    for tag in folders.list_tags(Path(folder))[::-1]:  # numbers in order: for those whose times are equal
+    """Return the tags in a folder or under a URL in the order in which they were saved, the last one first.
+
+    None where there is no folder. Where a store tells no times, the numbers in tags count.
+    """
+    place, times = place_of(folder), {}
+    for tag in folders.list_tags(place)[::-1]:  # numbers in order: for those whose times are equal
         with contextlib.suppress(FileNotFoundError):  # deleted by another process since
-            times[tag] = _saved_at(folders.find(Path(folder), tag)[1])
+            times[tag] = modified_ns(folders.find(place, tag)[1] / INDEX_NAME)
     return sorted(times, key=lambda tag: -times[tag])
 
 
@@ -37,11 +41,12 @@ class Found(NamedTuple):
 
 
 def newest_whole(folder: str | os.PathLike[str]) -> Found:
-    """Read checkpoints in `folder` in full, the newest first, until every byte of one is right."""
+    """Read checkpoints in a folder or under a URL in full, the newest first, until every byte of one is right."""
+    place = place_of(folder)
     damaged: dict[str, str] = {}
-    for tag in newest_first(folder):
+    for tag in newest_first(place):
         try:
-            damage = [item.reason for item in verify(folders.find(Path(folder), tag)[1])]
+            damage = [item.reason for item in verify(folders.find(place, tag)[1])]
         except (ValueError, OSError) as error:  # a newer release's; or nobody can read it
             damage = [str(error)]
         if not damage:
@@ -98,7 +103,3 @@ def _named_by_latest(folder: Path) -> str | None:
         return folders.find(folder, None)[0]
     except CheckpointNotFound:
         return None
-
-
-def _saved_at(path: Path) -> int:
-    return (path / INDEX_NAME).stat().st_mtime_ns

@@ -10,6 +10,8 @@ import atexit
 import os
 import sys
 
+from craken.log import logger
+
 _unheard: list[BaseException] = []
 
 
@@ -29,9 +31,10 @@ def drop(error: BaseException) -> None:
 
 
 def _fail() -> None:
-    if hasattr(sys, "last_value"):  # it ends with another uncaught exception, and so with 1
-        return
     error = _unheard[0]
+    if hasattr(sys, "last_value"):  # it ends with another uncaught exception, and so with 1
+        logger.error(str(error))
+        return
     sys.excepthook(type(error), error, error.__traceback__)
     atexit.unregister(_fail)
     atexit._run_exitfuncs()  # all others, as `_exit` runs none

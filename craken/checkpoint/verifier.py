@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from craken.checkpoint.blocks import checksum_of, read_block, size_problem
+from craken.checkpoint.blocks import at_once, begin_block, checksum_of, size_problem
 from craken.checkpoint.entry import dtype_of, memory_of
 from craken.checkpoint.errors import CheckpointDamaged
 from craken.checkpoint.index import INDEX_NAME, FileRecord, Index, TensorRecord, read_index
@@ -78,6 +78,6 @@ def _tensor_damage(
         piece, itemsize = part.pieces[0], dtype_of(part.dtype).itemsize
         for read in plan_reads(part, piece.offset, piece.numel, itemsize=itemsize, block_bytes=block_bytes):
             try:
-                read_block(folder, stream, read, scratch[: read.num_bytes], part)
+                begin_block(folder, stream, read, scratch[: read.num_bytes], part, at_once).check()
             except CheckpointDamaged as error:
                 yield Damage(read.file, f"{part.kind} of {part.fqn}", str(error))

@@ -17,6 +17,7 @@ from torch import Tensor
 from craken.checkpoint.entry import code_of, dtype_of, memory_of
 from craken.checkpoint.folder import write_durably
 from craken.checkpoint.lazy import LazyTensor
+from craken.disk import write_all
 
 MODEL_NAME = "model.safetensors"
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
@@ -94,11 +95,11 @@ def write_file(path: Path, tensors: Mapping[str, LazyTensor], on_bytes: Callable
     """Write one safetensors file and fsync it; wide dtypes lie first, so that each is aligned."""
     ordered = dict(sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize))
     with path.open("wb", buffering=0) as file:
-        _write_all(file.fileno(), memoryview(_header(ordered)))
+        end = _append(file.fileno(), memoryview(_header(ordered)), 0)
         for tensor in ordered.values():
             for chunk in tensor.chunks():
                 data = memory_of(chunk.contiguous())
-                _write_all(file.fileno(), data)
+                end = _append(file.fileno(), data, end)
                 on_bytes(len(data))
         os.fsync(file.fileno())
 
@@ -114,17 +115,18 @@ def _header(tensors: Mapping[str, LazyTensor]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def _write_all(fd: int, data: memoryview) -> None:
-    while len(data):
-        try:
-            data = data[os.write(fd, data) :]
-        except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                raise OSError(
-                    error.errno,
-                    f"{os.strerror(error.errno or 0)}: nothing was left behind; free space or choose another disk",
-                ) from error
-            raise
+def _append(fd: int, data: memoryview, end: int) -> int:
+    """Write `data` behind the `end` of a file; returns the new one."""
+    try:
+        write_all(fd, data, end)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise OSError(
+                error.errno,
+                f"{os.strerror(error.errno or 0)}: nothing was left behind; free space or choose another disk",
+            ) from error
+        raise
+    return end + len(data)
 
 
 def read_model(folder: Path, name: str = MODEL_NAME) -> dict[str, LazyTensor]:

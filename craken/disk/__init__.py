@@ -7,6 +7,7 @@ from craken.disk.mover import Ticket
 from craken.disk.settings import IoSettings, round_up
 from craken.disk.swap import Swap
 from craken.disk.traffic import Traffic
+from craken.disk.transfer import read_direct, write_all
 
 __all__ = [
     "IoSettings",
@@ -15,6 +16,8 @@ __all__ = [
     "Ticket",
     "Traffic",
     "pages",
+    "read_direct",
     "round_up",
     "takes_direct_io",
+    "write_all",
 ]

@@ -10,8 +10,10 @@ import weakref
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from craken.disk.pieces import Piece
-from craken.disk.settings import round_down, round_up
+import torch
+
+from craken.disk.pieces import Piece, cut
+from craken.disk.settings import ALIGNMENT_BYTES, round_down, round_up
 
 _BLOCK_BYTES = 1 << 20  # of a thread's aligned block
 _of_this_thread = threading.local()
@@ -36,32 +38,49 @@ class _Window(NamedTuple):
     outer: slice
 
 
+def read_direct(fd: int, memory: memoryview, offset: int) -> None:
+    """Fill `memory` from a file that is open for direct I/O, whatever the alignment of either.
+
+    OSError (EINVAL) where the disk wants a larger one than pages, or the file ends early.
+    """
+    address = torch.frombuffer(memory, dtype=torch.uint8).data_ptr()
+    pieces = [Piece(offset, len(memory), False)]  # in one go, ragged ends and all
+    if (address - offset) % ALIGNMENT_BYTES == 0:
+        pieces = cut(offset, len(memory), address, round_up(len(memory)))
+    for piece in pieces:
+        _read_piece(fd, piece, memory[piece.offset - offset :][: piece.num_bytes])
+
+
 def read_piece(file: OpenFile, piece: Piece, memory: memoryview) -> None:
     """Fill `memory` ([piece.num_bytes]) from the file."""
+    _read_piece(file.fd, piece, memory)
+
+
+def _read_piece(fd: int, piece: Piece, memory: memoryview) -> None:
     if piece.is_direct:
-        _read_all(file.fd, memory, piece.offset)
+        _read_all(fd, memory, piece.offset)
         return
     for window in _windows(piece):
         block = _aligned_block(window.num_bytes)
-        _read_all(file.fd, block, window.low)
+        _read_all(fd, block, window.low, window.inner.stop)  # the file may end within the window
         memory[window.outer] = block[window.inner]
 
 
 def write_piece(file: OpenFile, piece: Piece, memory: memoryview) -> None:
     """Write `memory` ([piece.num_bytes]) to the file; what else its pages hold is kept."""
     if piece.is_direct:
-        _write_all(file.fd, memory, piece.offset)
+        write_all(file.fd, memory, piece.offset)
         return
     for window in _windows(piece):
         block, part = _aligned_block(window.num_bytes), memory[window.outer]
         if len(part) == window.num_bytes:
             block[:] = part
-            _write_all(file.fd, block, window.low)
+            write_all(file.fd, block, window.low)
             continue
         with file.ragged:  # the end of another request may lie in the same page
             _read_all(file.fd, block, window.low)
             block[window.inner] = part
-            _write_all(file.fd, block, window.low)
+            write_all(file.fd, block, window.low)
 
 
 def _windows(piece: Piece) -> Iterator[_Window]:
@@ -78,15 +97,18 @@ def _aligned_block(num_bytes: int) -> memoryview:
     return memoryview(_of_this_thread.block)[:num_bytes]
 
 
-def _read_all(fd: int, memory: memoryview, offset: int) -> None:
-    while len(memory):
-        num_bytes = os.preadv(fd, [memory], offset)
-        if num_bytes == 0:
-            raise OSError(errno.EIO, f"the file ends at byte {offset}, {len(memory)} bytes short")
-        memory, offset = memory[num_bytes:], offset + num_bytes
+def _read_all(fd: int, memory: memoryview, offset: int, num_bytes: int | None = None) -> None:
+    """Fill the first `num_bytes` of `memory`, by default all."""
+    end = offset + (len(memory) if num_bytes is None else num_bytes)
+    while offset < end:
+        got = os.preadv(fd, [memory], offset)
+        if got == 0:
+            raise OSError(errno.EIO, f"the file ends after {offset} bytes, {end - offset} short")
+        memory, offset = memory[got:], offset + got
 
 
-def _write_all(fd: int, memory: memoryview, offset: int) -> None:
+def write_all(fd: int, memory: memoryview, offset: int) -> None:
+    """Write `memory` to a file at `offset`, however little of it the system takes at a time."""
     while len(memory):
         num_bytes = os.pwritev(fd, [memory], offset)
         memory, offset = memory[num_bytes:], offset + num_bytes

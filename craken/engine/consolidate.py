@@ -34,11 +34,24 @@ def consolidated_state_dict(engine: Engine, *, exclude_frozen: bool) -> OrderedD
     return OrderedDict((name, copies[id(value)]) for name, value in kept.items() if id(value) in copies)
 
 
-def save_weights(state: OrderedDict[str, Tensor], path: Path) -> None:
-    """Write a state dict as safetensors, or for the name of a PyTorch file (.bin, .pt, .pth) as one."""
+def save_weights(state: OrderedDict[str, Tensor] | None, path: Path) -> tuple[None, None]:
+    """Write a state dict, on the rank that has one: as safetensors, or (.bin, .pt, .pth) by torch.
+
+    The file appears whole or not at all.
+    """
+    if state is None:
+        return None, None
     os.makedirs(path.parent, exist_ok=True)
-    if path.suffix in (".bin", ".pt", ".pth"):
-        torch.save(state, path)
-        return
-    first_names = {id(value): name for name, value in reversed(state.items())}
-    save_file({name: state[name] for name in first_names.values()}, path, metadata={"format": "pt"})
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        if path.suffix in (".bin", ".pt", ".pth"):
+            torch.save(state, beside)
+        else:
+            first_names = {id(value): name for name, value in reversed(state.items())}
+            save_file({name: state[name] for name in first_names.values()}, beside, metadata={"format": "pt"})
+        with beside.open("rb") as file:
+            os.fsync(file.fileno())
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+    return None, None

@@ -5,15 +5,15 @@ from __future__ import annotations
 import os
 from collections import OrderedDict
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from craken.checkpoint import BackgroundSaver, Stall, Target, place_of
-from craken.comm import barrier
+from craken.checkpoint import BackgroundSaver, Stall, Target, place_of, run_on_all
 from craken.disk import Traffic
-from craken.engine import checkpointing
+from craken.engine import loading, saving
 from craken.engine.build import Parts
 from craken.engine.consolidate import consolidated_state_dict, save_weights
 from craken.engine.engine import Engine
@@ -149,9 +149,9 @@ class DeepSpeedEngine(Engine):
         delete older checkpoints in `save_dir` beyond so many; default `checkpoint.keep_last` in the config. With
         `checkpoint.async_save` it returns once the state is copied, and raises what went wrong with the save before.
         """
-        self.parking.check_empty("save_checkpoint()")
+        self.standing.check("save_checkpoint()")
         name = f"global_step{self.global_steps}" if tag is None else str(tag)
-        checkpointing.save(
+        saving.save(
             self,
             Target(place_of(save_dir), name, save_latest, keep_last),
             client_state=client_state or {},
@@ -195,20 +195,23 @@ class DeepSpeedEngine(Engine):
         load_optimizer_states: bool = True,
         load_lr_scheduler_states: bool = True,
         load_module_only: bool = False,
+        map_location: Any = None,
     ) -> tuple[str | None, dict[str, Any] | None]:
         """Collective: restore what `save_checkpoint` wrote; `tag` defaults to what `latest` names.
 
-        Returns (path, client_state); (None, None) with a warning when there is no `latest`.
+        Returns (path, client_state); (None, None) with a warning when there is no `latest`. map_location has no effect:
+        tensors go where the engine keeps its own. An engine that an error left half loaded refuses to go on until it
+        has loaded a checkpoint.
         """
         self.parking.check_empty("load_checkpoint()")
         self.wait_for_checkpoint()
-        what = checkpointing.Wanted(
+        what = loading.Wanted(
             is_strict=load_module_strict,
             optimizer=load_optimizer_states and not load_module_only,
             scheduler=load_lr_scheduler_states and not load_module_only,
             progress=not load_module_only,
         )
-        return checkpointing.load(self, load_dir, None if tag is None else str(tag), what)
+        return loading.load(self, load_dir, None if tag is None else str(tag), what)
 
     @property
     def _frees_weights(self) -> bool:
@@ -233,17 +236,19 @@ class DeepSpeedEngine(Engine):
         A name that ends in .safetensors makes a safetensors file. False with a warning at stage 3 unless the config
         sets `stage3_gather_16bit_weights_on_model_save`.
         """
-        self.parking.check_empty("save_16bit_model()")
+        self.standing.check("save_16bit_model()")
         if self._frees_weights and not self.zero_gather_16bit_weights_on_model_save():
             warn_once(
                 "save_16bit_model() saved nothing: set zero_optimization.stage3_gather_16bit_weights_on_model_save to "
                 "true, as it gathers the weights on rank 0's host"
             )
             return False
-        state = consolidated_state_dict(self, exclude_frozen=exclude_frozen_parameters)
-        if state is not None:
-            save_weights(state, Path(save_dir) / save_filename)
-        barrier(self.parts.axis)
+        state, path = (
+            consolidated_state_dict(self, exclude_frozen=exclude_frozen_parameters),
+            Path(save_dir) / save_filename,
+        )
+        write = (lambda: None) if state is None else partial(save_weights, state, path)
+        run_on_all(lambda: (write(), None), self.parts.axis, doing=f"writing {path}")
         return True
 
     save_fp16_model = save_16bit_model
@@ -284,6 +289,7 @@ class DeepSpeedEngine(Engine):
         if self.parts.shelf.link.host_is_device:
             warn_once("offload_states(): host and device are one memory here, nothing moves")
             return
+        self._reducer.abandon_backward()
         tensors = states_of_kinds(self.groups, self.parts.layers.frozen, self.parts.binding, asked)
         self.parking.take(tensors, pins=pin_memory)
 

@@ -25,6 +25,7 @@ from craken.engine.accumulation import Accumulation
 from craken.engine.build import Parts, ceilings_of
 from craken.engine.model import cast_inputs
 from craken.engine.progress import Progress
+from craken.engine.standing import Standing
 from craken.engine.timers import PhaseTimers
 from craken.log import warn_once
 from craken.precision import dtype_from_name
@@ -93,6 +94,7 @@ class Engine(nn.Module):
         self._trimmer = GrowthTrimmer()
         self._syncs = True
         self.parking = Parking(parts.shelf.link)
+        self.standing = Standing(self.parking)
         self._timers = PhaseTimers(is_on=parts.config.wall_clock_breakdown)
         self._progress = Progress(parts.config.steps_per_print, parts.monitor, self._timers)
         self._reducer = GradientReducer(parts.groups, self._occasion)
@@ -142,7 +144,7 @@ class Engine(nn.Module):
 
     def forward(self, *inputs: Any, **kwargs: Any) -> Any:
         """Run the user's module; returns what it returns."""
-        self.parking.check_empty("forward")
+        self.standing.check("forward")
         if not is_in_backward():
             self._reducer.abandon_backward()  # a backward that raised never said that it ended
         if self.parts.config.fp16.auto_cast and self.parts.precision.compute is not None:
@@ -251,7 +253,7 @@ class Engine(nn.Module):
             )
         if not self._syncs:
             raise RuntimeError("step() inside of no_sync(): leave the block first")
-        self.parking.check_empty("step()")
+        self.standing.check("step()")
         self._reducer.abandon_backward()
         if self._reducer.num_backwards == self._record.num_backwards:
             raise RuntimeError(

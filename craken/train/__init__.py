@@ -1,5 +1,1 @@
 """The training command: finds text, trains a model on it through the library, shows and reports the run."""
-
-from craken.train.command import main
-
-__all__ = ["main"]

@@ -2,7 +2,10 @@
 
 import sys
 
-from craken.train.command import main
+from craken.stop import StopRequest
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with StopRequest().listening() as request:
+        from craken.train.command import main  # takes seconds, in which a signal may come
+
+        sys.exit(main(request=request))

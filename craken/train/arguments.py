@@ -11,6 +11,7 @@ from enum import Enum, auto
 from pathlib import Path
 from typing import Any
 
+from craken.checkpoint.place import host_path
 from craken.train.presets import PRESETS, Preset
 
 DEFAULT_PROMPT = """\
@@ -193,7 +194,7 @@ def resolve(given: Mapping[str, Any], *, has_accelerator: bool) -> Options:
     model = given.get("model", "small")
     preset = PRESETS.get(model, PRESETS["small"])
     zero = given.get("zero", _stage_in(config))
-    output = Path(given["output"]) if "output" in given else _free_folder(_default_output(model, zero))
+    output = host_path(given["output"]) if "output" in given else _free_folder(_default_output(model, zero))
     if resume is Resume.NEVER and (output / "metrics.jsonl").exists():
         raise ValueError(f"{output} already holds a run; go on with it (--resume {output}) or choose another --output")
     steps = given.get("steps", preset.steps)
@@ -218,7 +219,7 @@ def resolve(given: Mapping[str, Any], *, has_accelerator: bool) -> Options:
         seed=given.get("seed", 0),
         ranks=given.get("ranks"),
         output=output,
-        cache=Path(given["cache"]) if "cache" in given else output.parent / ".craken_cache",
+        cache=host_path(given["cache"]) if "cache" in given else output.parent / ".craken_cache",
         prompt=given.get("prompt", DEFAULT_PROMPT),
         resume=resume,
         keep_last=given.get("keep_last", KEPT_CHECKPOINTS),
@@ -247,7 +248,7 @@ def _with_earlier(given: dict[str, Any], resume: str) -> dict[str, Any]:
         raise ValueError(
             "--resume without a folder needs --output; write --resume DIR, the folder of the run to go on with"
         )
-    file = Path(folder) / FLAGS
+    file = host_path(folder) / FLAGS
     if not file.exists():
         raise ValueError(f"--resume {folder}: no run of craken train there (no {file}); expected a run's output folder")
     return {**json.loads(file.read_text("utf-8")), **given, "output": folder}
@@ -260,7 +261,7 @@ def _with_earlier_if_any(given: dict[str, Any]) -> dict[str, Any]:
     """
     zero = given.get("zero", _stage_in(_read_config(given.get("config"))))
     output = given.get("output", str(_default_output(given.get("model", "small"), zero)))
-    file = Path(output) / FLAGS
+    file = host_path(output) / FLAGS
     earlier = json.loads(file.read_text("utf-8")) if file.exists() else {}
     return {**earlier, **given, "output": output}
 

@@ -17,6 +17,7 @@ from torch import Tensor
 import craken
 from craken.checkpoint import newest_whole
 from craken.comm import MeshAxis, broadcast_object, bytes_sent, get_accelerator, world_axis
+from craken.stop import Stop, StopRequest, agree
 from craken.train import huggingface
 from craken.train.arguments import Resume
 from craken.train.evaluate import validate
@@ -24,7 +25,6 @@ from craken.train.metrics import EvalMetrics, MetricsFile, StepMetrics
 from craken.train.prepare import Plan
 from craken.train.progress import RunProgress
 from craken.train.report import write_report
-from craken.train.stop import Stop, StopRequest, agree
 from craken.train.windows import Batch, Windows, predicted_tokens, unigram_entropy, validation_numbers
 
 CHECKPOINTS = "checkpoints"  # the folder in the output
@@ -32,14 +32,18 @@ CHECKPOINTS = "checkpoints"  # the folder in the output
 
 @dataclass(frozen=True)
 class RunEnd:
-    """How training ended: by its last step (`stop` None) or before; `step` is the last one done."""
+    """How training ended: by its last step (`stop` None) or before; `step` is the last one done.
+
+    num_new: steps done since the run began or was resumed.
+    """
 
     step: int
     stop: Stop | None
+    num_new: int
 
     @property
     def is_cut_short(self) -> bool:
-        """Somebody stopped it: there is a checkpoint, and nothing to show yet."""
+        """Somebody stopped it: there is a checkpoint if there was a step, and nothing to show yet."""
         return self.stop in (Stop.INTERRUPTED, Stop.TERMINATED)
 
 
@@ -70,13 +74,11 @@ class Trainer:
         self._validation = self._plan_validation()
 
     def run(self, request: StopRequest) -> RunEnd:
-        """Train to the last step or until the ranks agree to stop; save a checkpoint at the end either way."""
-        options = self.plan.options
+        """Train to the last step or until the ranks agree to stop; save a checkpoint after the last step done."""
+        options, first_step = self.plan.options, int(self.engine.global_steps)
         batches = self._endless_batches()
-        stop: Stop | None = None
-        progress = RunProgress(
-            self.console, num_steps=options.steps, first_step=self.engine.global_steps, minutes=options.minutes
-        )
+        stop = request.agreed(self.axis)
+        progress = RunProgress(self.console, num_steps=options.steps, first_step=first_step, minutes=options.minutes)
         with progress:
             while self.engine.global_steps < options.steps and stop is None:
                 row, stop = self._step(batches, request)
@@ -88,7 +90,7 @@ class Trainer:
                 if is_last or (options.save_every and row.step % options.save_every == 0):
                     self.save()
         self.engine.wait_for_checkpoint()
-        return RunEnd(self.engine.global_steps, stop)
+        return RunEnd(self.engine.global_steps, stop, self.engine.global_steps - first_step)
 
     def save(self) -> None:
         """Collective: write a checkpoint; the engine drops old ones."""
@@ -119,7 +121,7 @@ class Trainer:
             self.engine.step()
             loss_sum += loss.detach()
         mean = float(loss_sum) / self.plan.batch.accumulation_steps
-        end = agree(mean, self._reason_to_stop(request, start_s), axis=self.axis, device=self.device)
+        end = agree(mean, self._reason_to_stop(request, start_s), axis=self.axis)
         step_s = time.perf_counter() - start_s
         self.elapsed_s += step_s
         return self._measure(end.loss, lr, step_s, bytes_sent() - start_bytes), end.stop
@@ -191,10 +193,11 @@ class Trainer:
         if resume is Resume.IF_POSSIBLE:
             tag = broadcast_object(self._newest_whole(folder) if self.is_first_rank else None, self.axis)
             if tag is None:
+                self.console.print(f"no checkpoint in {folder}: beginning", soft_wrap=True, markup=False)
                 return 0
         path, state = self.engine.load_checkpoint(str(folder), tag=tag)
         if path is None or state is None:
-            raise ValueError(f"--resume: no checkpoint in {folder}; start again with another --output")
+            raise ValueError(f"--resume: no checkpoint in {folder}; begin with --resume auto --output {folder.parent}")
         self.elapsed_s = float(state["elapsed_s"])
         return int(self.engine.global_steps)
 

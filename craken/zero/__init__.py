@@ -7,7 +7,7 @@ from craken.zero.access import (
     take_out,
     unregister_external_parameter,
 )
-from craken.zero.attributes import register, register_whole
+from craken.zero.attributes import register, register_whole, whole_shape
 from craken.zero.autograd import is_in_backward, tensors_in
 from craken.zero.binding import Binding
 from craken.zero.build import LiveBudget, ShardedLayers, ShardingPlan, is_castable, shard_model
@@ -151,6 +151,7 @@ __all__ = [
     "watch_reads",
     "watch_units",
     "whole_numel",
+    "whole_shape",
     "z3_leaf_module",
     "z3_leaf_parameter",
 ]

@@ -1,8 +1,9 @@
 """What a parameter carries at stage 3: where its values are, and the attributes that clients read.
 
-Names and meanings of the attributes are DeepSpeed's (`ds_id`, `ds_shape`, `ds_numel`, `ds_status`,
-`ds_active_sub_modules`). Everything hangs on the parameter itself, so a model and its shards go together when nobody
-refers to them any more; copies of a parameter carry none of it.
+Names and meanings of the attributes are DeepSpeed's: `ds_id`, `ds_shape`, `ds_numel`, `ds_status`,
+`ds_active_sub_modules`, and of what is in a group `ds_tensor`: a view [n] of the part that this rank keeps, n from 0 to
+all elements. Everything hangs on the parameter itself, so a model and its shards go together when nobody refers to them
+any more; copies of a parameter carry none of it.
 """
 
 from __future__ import annotations
@@ -18,12 +19,13 @@ from torch import Tensor, nn
 
 from craken.comm import MeshAxis
 from craken.zero.group import ShardGroup
+from craken.zero.layout import Fragment
 from craken.zero.lifecycle import Lifecycle
 from craken.zero.residence import Residence
 from craken.zero.weights import ZeroParamStatus, set_status
 
 _PLACE = "_craken_place"
-_FACTS = ("ds_id", "ds_shape", "ds_numel", "ds_active_sub_modules", "ds_status")
+_FACTS = ("ds_id", "ds_shape", "ds_numel", "ds_active_sub_modules", "ds_status", "ds_tensor")
 
 _numbers = itertools.count()
 
@@ -60,6 +62,7 @@ def register(
     """Give the parameters of `groups` their attributes; ranks register the same ones in the same order."""
     for group in groups:
         is_sharded = group.weights is not None
+        pieces = {piece.slot: piece for piece in group.layout.fragments(group.wire.axis.rank)}
         for slot, (param, shape) in enumerate(zip(group.params, group.shapes, strict=True)):
             place = Membership(
                 next(_numbers),
@@ -70,6 +73,7 @@ def register(
                 lifecycle if is_sharded else None,
             )
             _write(param, place, torch.Size(shape))
+            param.ds_tensor = _view_of(group.kept, pieces.get(slot))  # type: ignore[attr-defined]
             if not is_sharded:
                 set_status(param, ZeroParamStatus.AVAILABLE)
 
@@ -84,7 +88,11 @@ def register_whole(params: Iterable[nn.Parameter], axis: MeshAxis) -> None:
 def unregister(param: nn.Parameter) -> None:
     """Take the attributes away again."""
     for name in (_PLACE, *_FACTS):
-        delattr(param, name)
+        param.__dict__.pop(name, None)
+
+
+def _view_of(kept: Tensor, piece: Fragment | None) -> Tensor:
+    return kept[:0] if piece is None else kept.narrow(0, piece.shard_offset, piece.numel)
 
 
 def _write(param: nn.Parameter, place: Membership, shape: torch.Size) -> None:

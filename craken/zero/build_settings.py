@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from craken.disk import IoSettings
+from craken.log import warn_once
 from craken.zero.placement import Place
 from craken.zero.policy import Policy, policy_for_stage
 from craken.zero.shelf import DiskSettings, Kind
@@ -21,12 +22,16 @@ _SHARDED = 3  # without a config
 
 @dataclass(frozen=True)
 class BuildSettings:
-    """The policy row, the dtype to cast parameters to (None: as they are), where shards wait, the folder for files."""
+    """The policy row, the dtype to cast parameters to (None: as they are), where shards wait, the folder for files.
+
+    pins: host memory that shards wait in, or pass through, is page-locked.
+    """
 
     policy: Policy
     dtype: torch.dtype | None
     place: Place
     folder: Path | None
+    pins: bool
 
     @property
     def disks(self) -> dict[Kind, DiskSettings]:
@@ -37,13 +42,15 @@ class BuildSettings:
             raise ValueError(
                 "zero.Init with parameters on 'nvme' needs a folder: write zero_optimization.offload_param.nvme_path"
             )
-        return {"weights": DiskSettings(self.folder, IoSettings(), num_buffers=2, pins=True)}
+        return {"weights": DiskSettings(self.folder, IoSettings(), num_buffers=2, pins=self.pins)}
 
 
-def settings_from(config: Any, *, dtype: torch.dtype | None, remote_device: str | None) -> BuildSettings:
-    """Read a dict, a JSON file or a parsed config; `dtype` and `remote_device` win over it. "auto" counts as unset."""
+def settings_from(
+    config: Any, *, dtype: torch.dtype | None, remote_device: str | None, pin_memory: bool
+) -> BuildSettings:
+    """Read a dict, a JSON file or a parsed config; the arguments win over it where set. "auto" counts as unset."""
     if config is None:
-        return BuildSettings(policy_for_stage(_SHARDED), dtype, _place(remote_device), None)
+        return BuildSettings(policy_for_stage(_SHARDED), dtype, _place(remote_device), None, pin_memory)
     keys = _mapping_of(config)
     zero = _section(keys, "zero_optimization")
     stage, offload = zero.get("stage", 0), _section(zero, "offload_param")
@@ -53,7 +60,27 @@ def settings_from(config: Any, *, dtype: torch.dtype | None, remote_device: str 
         dtype or _compute_dtype(keys),
         _place(remote_device or offload.get("device")),
         None if folder in (None, "none", "auto") else Path(str(folder)).expanduser(),
+        pin_memory or offload.get("pin_memory") is not False,  # as `initialize` has it
     )
+
+
+def say_what_has_no_effect(policy: Policy, **arguments: Any) -> None:
+    """Warn once of each argument of `Init` that is set, though nothing here follows it."""
+    for name, given in arguments.items():
+        if given and policy.frees_params:
+            warn_once(f"zero.Init({name}=...) has no effect here: {_NO_EFFECT[name]}")
+
+
+_IN_CONFIG = "`initialize` decides how weights travel; write zero_optimization.{} into its config"
+_NO_EFFECT = {
+    "mem_efficient_linear": "no layer keeps whole weights for backward, though torch's linear function stays",
+    "zero_quantized_weights": _IN_CONFIG.format("zero_quantized_weights"),
+    "zero_quantized_nontrainable_weights": _IN_CONFIG.format("zero_quantized_nontrainable_weights"),
+    "zero_param_parallel_group": _IN_CONFIG.format("zero_hpz_partition_size"),
+    "param_swapper": "shards that wait in files have a swapper of their own; offload_param.nvme_path names the folder",
+    "pin_memory": "nothing waits in the host's memory; it belongs to remote_device='cpu' or 'nvme'",
+    "tensor_overrides": "parameters compute on the device, and buffers are moved there when their module is built",
+}
 
 
 def _mapping_of(config: Any) -> Mapping[str, Any]:

@@ -14,7 +14,9 @@ this module as `partition_parameters`.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from enum import Enum
 from types import TracebackType
 from typing import Any
 
@@ -24,15 +26,17 @@ from torch import nn
 from craken.comm import axis_over, get_accelerator, init_distributed
 from craken.zero.access import GatheredParameters, register_external_parameter, unregister_external_parameter
 from craken.zero.attributes import place_of
-from craken.zero.build_settings import settings_from
+from craken.zero.build_settings import say_what_has_no_effect, settings_from
 from craken.zero.heap import returning_freed_memory
 from craken.zero.lending import Lending
-from craken.zero.policy import Keep
+from craken.zero.placement import Place
+from craken.zero.policy import Keep, policy_for_stage
 from craken.zero.sharder import Sharder
 from craken.zero.weights import ZeroParamStatus
 from craken.zero.wrapping import ConstructionWatch
 
 __all__ = [
+    "DeepSpeedTensorOverride",
     "GatheredParameters",
     "Init",
     "ZeroParamStatus",
@@ -53,13 +57,20 @@ def zero_wrapper_for_fp_tensor_constructor(
     return fn
 
 
+class DeepSpeedTensorOverride(Enum):
+    """What of a parameter is changed when its module has been built."""
+
+    dtype = 1
+    device = 2
+
+
 class Init:
     """Have the parameters of every module that is built inside kept as shards. Collective over all ranks of the group.
 
     Each module's parameters are cast (to `dtype`, or what the config's fp16 and bf16 sections say), moved to the device
     and sharded when its constructor has returned, with rank 0's values; its buffers are moved. `Module.apply` sees
     whole parameters; rank 0's results stay. Of the config only `fp16.enabled`, `bf16.enabled`, the ZeRO stage and
-    `offload_param.device` are read, so it may be unfinished ("auto"). A stage that keeps parameters whole makes this
+    `offload_param` are read, so it may be unfinished ("auto"). A stage that keeps parameters whole makes this
     do nothing, and so does an `Init` around it. `module=` converts a module that is there already, perhaps on meta.
     """
 
@@ -80,10 +91,28 @@ class Init:
         zero_quantized_nontrainable_weights: bool = False,
         sequence_data_parallel_group: Any = None,
         param_swapper: Any = None,
+        tensor_overrides: Iterable[DeepSpeedTensorOverride] = tuple(DeepSpeedTensorOverride),
     ) -> None:
-        """The arguments are DeepSpeed's; how weights travel and where they wait is decided by `initialize`."""
-        given = config if config_dict_or_path is None else config_dict_or_path
-        self._settings = settings_from(given, dtype=dtype, remote_device=remote_device)
+        """The arguments are DeepSpeed's; `initialize` decides anew where weights wait and how they travel.
+
+        pin_memory: host memory that shards wait in is page-locked, if the config's `offload_param` does not say so.
+        tensor_overrides: without its `dtype`, parameters keep theirs.
+        """
+        given, overrides = config if config_dict_or_path is None else config_dict_or_path, set(tensor_overrides or ())
+        settings = settings_from(given, dtype=dtype, remote_device=remote_device, pin_memory=pin_memory)
+        if DeepSpeedTensorOverride.dtype not in overrides:
+            settings = replace(settings, dtype=None)
+        self._settings = settings
+        say_what_has_no_effect(
+            settings.policy if enabled else policy_for_stage(0),
+            mem_efficient_linear=not mem_efficient_linear,
+            pin_memory=pin_memory and settings.place is Place.DEVICE,
+            zero_param_parallel_group=zero_param_parallel_group,
+            zero_quantized_weights=zero_quantized_weights,
+            zero_quantized_nontrainable_weights=zero_quantized_nontrainable_weights,
+            param_swapper=param_swapper,
+            tensor_overrides=DeepSpeedTensorOverride.device not in overrides,
+        )
         self.enabled = enabled and self._settings.policy.params is Keep.SHARD
         self._group = sequence_data_parallel_group or data_parallel_group
         if self._group is None and mpu is not None:

@@ -77,12 +77,12 @@ def safe_get_full_fp32_param(param: nn.Parameter) -> Tensor | None:
 def safe_get_full_grad(param: nn.Parameter) -> Tensor | None:
     """Return the whole gradient in fp32: the mean over ranks, loss scale divided out. Collective.
 
-    None where there is none: before a backward, at stages 0 and 1 before the boundary's, and after the step.
+    After a step, the one that it took, clipped, until the next forward or backward begins. None where there is none:
+    before a backward, at stages 0 and 1 before the boundary's, after a step that was skipped, and after one whose
+    states have left the device.
     """
     held = _held(param)
-    if held is None or not held.group.gradients.has_reduced:
-        return None
-    return _gather(held, _grad(held))
+    return None if held is None or not _has_grad(held) else _gather(held, _grad(held))
 
 
 def safe_get_full_optimizer_state(param: nn.Parameter, optim_state_key: str) -> Tensor | None:
@@ -136,7 +136,7 @@ def safe_get_local_fp32_param(param: nn.Parameter) -> Tensor | None:
 def safe_get_local_grad(param: nn.Parameter) -> Tensor | None:
     """Return this rank's part [n] of the mean gradient in fp32; None where there is none."""
     held = _held(param)
-    return None if held is None or not held.group.gradients.has_reduced else _flat(_grad(held))
+    return None if held is None or not _has_grad(held) else _flat(_grad(held))
 
 
 def safe_get_local_optimizer_state(param: nn.Parameter, optim_state_key: str) -> Tensor | None:
@@ -196,9 +196,19 @@ def _state(held: _Held, key: str) -> Tensor | None:
     return state
 
 
+def _has_grad(held: _Held) -> bool:
+    return held.group.gradients.has_reduced or held.group.gradients.taken is not None
+
+
 def _grad(held: _Held) -> Tensor | None:
     """Return this rank's part of the mean gradient in fp32; collective over replicas that have not added theirs."""
-    part = _reduced_part(held)
+    gradients = held.group.gradients
+    if not gradients.has_reduced:
+        assert gradients.taken is not None
+        values, divisor = gradients.taken
+        part = _part_of(held, values)
+        return None if part is None else part.float() / divisor
+    part = _part_of(held, gradients.reduced)
     replication = held.group.wire.replication
     total = part if part is None else part.float()
     if replication is not None and held.group.gradients.awaits_replicas:
@@ -208,18 +218,18 @@ def _grad(held: _Held) -> Tensor | None:
 
 
 def _set_grad(held: _Held, value: Tensor) -> None:
-    part = _reduced_part(held)
+    part = _part_of(held, held.group.gradients.reduced)
     if part is not None:
         terms = held.group.wire.num_replicas if held.group.gradients.awaits_replicas else 1  # that are still added up
         part.copy_(value * (_divisor(held) / terms))
         held.group.gradients.sum_changed()
 
 
-def _reduced_part(held: _Held) -> Tensor | None:
+def _part_of(held: _Held, summed: Tensor) -> Tensor | None:
     piece = _piece(held)
     if piece is None or held.fragment is None:
         return None
-    return held.group.gradients.reduced.narrow(0, piece.shard_offset, piece.numel)
+    return summed.narrow(0, piece.shard_offset, piece.numel)
 
 
 def _divisor(held: _Held) -> float:

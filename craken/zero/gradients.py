@@ -3,6 +3,7 @@
     accumulate    autograd's tensor -> `pending` (scratch, full)
     start_reduce  pending -> shards: a reduce-scatter leaves; with the optimizer FULL an all-gather follows it
     finish        the sum is in `reduced` (this rank's shard, or the full buffer), pending is free again
+    spend         a step has taken the sum: users may read it until the next forward or backward begins
     replicas      where shards are repeated: at the boundary, the sum of the shard's sums on all ranks that hold it
 
 Buffers have the layout of the group's flat buffer. Sums are over ranks and micro-batches; the division by their number
@@ -47,20 +48,20 @@ class GroupGradients:
         self.dtype, self.rules, self.wire = dtype, rules, wire
         self._pending: Tensor | None = None
         self._places: list[Tensor] = []  # each parameter's, in pending; made when the first is needed
-        self._filled = [False] * len(shapes)
+        self._filled, self.touched = ([False] * len(shapes) for _ in range(2))
         self._travelling: Tensor | None = None
         self._work: Pending | None = None
         self._reduced_shard: Tensor | None = None
         self._retained: Tensor | None = None
-        self.has_reduced = False
-        self.touched = [False] * len(shapes)
+        # what a step took, like `reduced`, and what divides it to give the mean gradient, clipped
+        self.taken: tuple[Tensor, float] | None = None
+        self.has_reduced = self._has_total = False
         link, place = wire.shelf.link, rules.placement
         self.leaves_device = place.states is not Place.DEVICE and not link.host_is_device
         self._host = HostSum(link, layout.shard_numel, pins=place.pins_states)
         # where replicas add theirs, a sum over the axis stays until they have
         self._sends_each_sum = self.leaves_device and wire.replication is None
         self._total: Tensor | None = None
-        self._has_total = False
         self._room = _room_for_sum(self)
 
     def begin_accumulating(self) -> None:
@@ -174,14 +175,10 @@ class GroupGradients:
 
     def finish_gather(self) -> None:
         """Wait until this rank holds what the optimizer needs."""
-        if self._work is None:
-            return
-        self._work.wait()
-        self._work = None
-        if self._travelling is not None:
-            self._settle()
-        else:
-            self._settle_total()
+        if self._work is not None:
+            self._work.wait()
+            self._work = None
+            self._settle() if self._travelling is not None else self._settle_total()
 
     @property
     def _has_sum(self) -> bool:
@@ -294,7 +291,7 @@ class GroupGradients:
     def on_device(self) -> list[Tensor]:
         """The buffers that lie on the device now."""
         held = (self._pending, self._travelling, self._retained, self._reduced_shard, self._total)
-        return [buffer for buffer in held if buffer is not None]
+        return [buffer for buffer in (*held, self.taken and self.taken[0]) if buffer is not None]
 
     @property
     def on_host(self) -> list[Tensor]:
@@ -308,14 +305,21 @@ class GroupGradients:
 
     def drop(self) -> None:
         """Forget all gradients and give their memory back: the next forward's activations can use it."""
-        if self._room is not None and self._reduced_shard is self._room.flat:
+        self._forget()
+        if self._room is not None:
             self._room.give_back()
-        self._pending = self._retained = self._reduced_shard = self._total = None
-        self._has_total = False
+
+    def spend(self, divisor: float) -> None:
+        """Forget all gradients; the sum that a step has taken stays as `taken`, unless its memory was lent."""
+        taken = (self.reduced, divisor) if self.has_reduced and not self._is_on_host else None
+        self._forget()
+        self.taken = taken
+
+    def _forget(self) -> None:
+        self._pending = self._retained = self._reduced_shard = self._total = self.taken = None
         self._places = []
-        self._filled = [False] * len(self.shapes)
-        self.touched = [False] * len(self.shapes)
-        self.has_reduced = False
+        self._filled, self.touched = ([False] * len(self.shapes) for _ in range(2))
+        self.has_reduced = self._has_total = False
 
     def _own_part(self, flat: Tensor) -> Tensor:
         return own_part(flat, self.layout, self.wire.axis.rank)

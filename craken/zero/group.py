@@ -179,6 +179,19 @@ class ShardGroup:
         if not self.master_is_kept:
             self.master.copy_(self.kept)
 
+    def check_params(self) -> None:
+        """RuntimeError if whole parameters lie elsewhere now: an update would not reach them."""
+        if self.weights is not None:
+            return
+        start, itemsize = self.full.data_ptr(), self.full.element_size()
+        for name, param, slot in zip(self.names, self.params, self.layout.slots, strict=True):
+            if slot.numel and param.data_ptr() != start + slot.offset * itemsize:
+                raise RuntimeError(
+                    f"{name} ({param.dtype}) has left the engine's memory ({self.dtype}), where the step updates it: "
+                    "its data were replaced after initialize(), for instance by model.to(dtype) or model.half(). The "
+                    "config's bf16 and fp16 sections choose the dtype; write values in place"
+                )
+
     def view_of(self, slot: int) -> Tensor:
         """Return one parameter's place in the whole flat buffer, in its shape."""
         return slot_view(self.full, self.layout.slots[slot], self.shapes[slot])

@@ -42,7 +42,7 @@ def watch_gradients(groups: Sequence[ShardGroup], reducer: GradientReducer) -> l
 
 def _taker(reducer: GradientReducer, group: ShardGroup, index: int, slot: int) -> Callable[[Tensor], None]:
     def take(param: Tensor) -> None:
-        if not reducer.is_running and not reducer.begin_backward():
+        if not reducer.is_collecting and not reducer.begin_backward():
             return  # the engine is gone: the parameter is the user's again
         grad = param.grad
         if grad is None:  # a custom Function returned None for this parameter

@@ -202,8 +202,8 @@ class Lifecycle:
 
     def _before_backward(self, passage: Passage) -> None:
         if self._outermost is None or not self._reducer.is_expecting:
-            self._outermost = torch._C._current_graph_task_id()
             self._reducer.expect_backward()
+            self._outermost = torch._C._current_graph_task_id()
         self._close(self._uses.end_innermost(passage))
         self._reducer.send_closed()
         self._uses.begin(passage)

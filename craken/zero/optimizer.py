@@ -73,6 +73,7 @@ class ShardedStep:
         self.optimizer, self.groups = binding.optimizer, list(groups)
         self._reducer, self._stepping, self._swap = reducer, stepping, swap
         self._scratch: Tensor | None = None
+        self._left = [1.0] * len(groups)  # what a group's sum is still to be divided by after an update
         shares = [Share(group.master.numel(), group.rules.placement.states) for group in groups]
         every = [range(len(groups))] if groups else []
         self._chunks = plan_chunks(shares, max_numel=stepping.max_numel) if stepping.in_chunks else every
@@ -80,10 +81,12 @@ class ShardedStep:
         self._cuts = [_cuts(fragments, group) for fragments, group in zip(self._fragments, groups, strict=True)]
 
     def step(self, *, divisor: float, max_norm: float, skip_nonfinite: bool) -> StepResult:
-        """Collective over all ranks that train: update parameters with the gradients since the last step; drop those.
+        """Collective over all ranks that train: update parameters with the gradients since the last step; spend those.
 
         divisor: what the summed gradients must be divided by (ranks x loss scale). max_norm: 0 clips nothing.
         """
+        for group in self.groups:
+            group.check_params()
         votes = self._agree()
         norm = math.sqrt(votes.sum_of_squares) / divisor if votes.sum_of_squares >= 0 else math.nan
         is_finite = math.isfinite(norm)
@@ -95,7 +98,10 @@ class ShardedStep:
             except BaseException:  # some groups are updated, and their gradients' memory is lent: no second try
                 self._drop_gradients()
                 raise
-        self._drop_gradients()
+            for group, divisor in zip(self.groups, self._left, strict=True):
+                group.gradients.spend(divisor)
+        else:
+            self._drop_gradients()
         return StepResult(norm, is_finite, applies)
 
     def _drop_gradients(self) -> None:
@@ -155,6 +161,8 @@ class ShardedStep:
             if not group.gradients.has_reduced:
                 continue
             grads = self._in_master_dtype(group, is_alone=len(indices) == 1)
+            is_copy = grads.data_ptr() != group.gradients.reduced.data_ptr()
+            self._left[index] = scale if is_copy else 1.0  # whoever divides does so in place, fused kernels too
             if not self._stepping.takes_grad_scale and scale != 1.0:
                 grads.div_(scale)
             active += self._hand_out(index, grads, touched[index])

@@ -23,7 +23,8 @@ weights that are always whole) and those that were once sent too early leave at 
 [Note: where a backward ends] Autograd runs a callback at the end of the backward in which it was queued. With reentrant
 checkpointing an inner backward ends many times before the outer one does, so the callback is queued from a hook on the
 forward's outputs, which fires in the outer backward before anything inside it. A backward that raises never runs its
-callback; the next forward of the whole model notices. `engine.backward` knows where its backward ends and needs none.
+callback, but drops it: autograd alone refers to it, so that the next backward or forward sees that it is gone. What the
+failed one had brought stays, as in `.grad`. `engine.backward` knows where its backward ends and needs no callback.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
-from weakref import WeakMethod
+from weakref import WeakMethod, ref
 
 import torch
 
@@ -97,7 +98,8 @@ class GradientReducer:
         self._in_flight: deque[ShardGroup] = deque()
         self._gathering: deque[ShardGroup] = deque()
         self.is_running = False
-        self._ends_by_itself = False
+        self._knows_its_end = False  # the backward under way is `engine.backward`'s
+        self._callback: Callable[[], object] | None = None  # gives what autograd calls at its end; None once that died
         self._occasion = _NO_OCCASION
         self.num_backwards = 0
 
@@ -105,9 +107,12 @@ class GradientReducer:
 
     def expect_backward(self) -> None:
         """Have `finish_backward` called at the end of the backward that runs now, should gradients come in it."""
-        if not self._ends_by_itself:
-            self._ends_by_itself = True
-            torch.autograd.Variable._execution_engine.queue_callback(self.finish_backward)
+        if self.is_expecting:
+            return
+        self.abandon_backward()
+        callback = self.finish_backward
+        self._callback = ref(callback)
+        torch.autograd.Variable._execution_engine.queue_callback(callback)
 
     def begin_backward(self) -> bool:
         """Note that the first gradient of a backward came; the backward will be finished when it ends.
@@ -128,7 +133,8 @@ class GradientReducer:
     @contextmanager
     def backward(self) -> Iterator[None]:
         """Collective when gradients leave in it: one whole backward, whether or not gradients come on this rank."""
-        self._ends_by_itself = True
+        self.abandon_backward()
+        self._knows_its_end = True
         self._begin(self._next_occasion() or _NO_OCCASION)
         try:
             yield
@@ -200,7 +206,12 @@ class GradientReducer:
     @property
     def is_expecting(self) -> bool:
         """A backward is known to run, and its end will be noticed."""
-        return self._ends_by_itself
+        return self._knows_its_end or (self._callback is not None and self._callback() is not None)
+
+    @property
+    def is_collecting(self) -> bool:
+        """Gradients of the backward that runs have begun to come."""
+        return self.is_running and self.is_expecting
 
     def _send_ready_groups(self) -> None:
         if not self._occasion.reduces:
@@ -234,7 +245,7 @@ class GradientReducer:
 
     def finish_backward(self) -> None:
         """Collective when this backward reduces: send every group that has not left yet, zeros where nothing came."""
-        self._ends_by_itself = False
+        self._forget_end()
         if self.is_running:
             self.is_running = False
             self.num_backwards += 1
@@ -248,14 +259,24 @@ class GradientReducer:
             self.observer.backward_ended()
 
     def abandon_backward(self) -> None:
-        """Forget that a backward was running: it raised. What it had reduced stays."""
-        was_under_way, self._ends_by_itself = self._ends_by_itself or self.is_running, False
+        """Forget the backward that was running, for it raised, and what the last step took, for a new one begins.
+
+        What a failed backward had reduced stays.
+        """
+        for group in self._groups:
+            if group.gradients.taken is not None:
+                group.gradients.drop()
+        was_under_way = self._knows_its_end or self._callback is not None or self.is_running
+        self._forget_end()
         if self.is_running:
             self.is_running = False
             self._drain()
         self._occasion = _NO_OCCASION
         if was_under_way and self.observer is not None:
             self.observer.backward_ended()
+
+    def _forget_end(self) -> None:
+        self._knows_its_end, self._callback = False, None
 
     def _drain(self) -> None:
         while self._in_flight:

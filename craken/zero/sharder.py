@@ -30,7 +30,8 @@ class Sharder:
     def __init__(self, axis: MeshAxis, settings: BuildSettings) -> None:
         """Collective over `axis`."""
         shelf = Shelf(Link(get_accelerator().device()), settings.disks)
-        placement = Placement(weights=settings.place).resolve(host_is_device=shelf.link.host_is_device)
+        placement = Placement(weights=settings.place, pins_weights=settings.pins)
+        placement = placement.resolve(host_is_device=shelf.link.host_is_device)
         transport = transport_for(axis)
         self._wire = Wire(axis, transport, shelf, Sources(transport, transport))
         precision = Precision(compute=settings.dtype)

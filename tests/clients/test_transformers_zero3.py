@@ -127,16 +127,38 @@ def test_a_saved_model_is_loaded_as_shards(run_ranks, tmp_path: Path, tied, dtyp
     run_ranks(from_pretrained, 2, str(tmp_path), dtype)
 
 
-def resized() -> None:
+def resized(takes_means: bool, is_gathered: bool) -> None:
+    """Rows of old tokens stay to the bit; those of new ones are rank 0's, near the mean of the old ones if asked."""
     from transformers import LlamaForCausalLM
     from transformers.integrations import HfDeepSpeedConfig
 
+    import craken
+
     alive = HfDeepSpeedConfig(zero3_config())
+    torch.manual_seed(3 + dist.get_rank())
     model = LlamaForCausalLM._from_config(tiny_llama())
-    model.resize_token_embeddings(80, mean_resizing=False)
+    before = [value(matrix) for matrix in (model.model.embed_tokens.weight, model.lm_head.weight)]
+    with craken.GatheredParameters(model.parameters() if is_gathered else None, modifier_rank=0):
+        model.resize_token_embeddings(80, mean_resizing=takes_means)
     del alive
-    assert logits_of(model.eval()).shape == (2, 8, 80)
+    assert model.config.vocab_size == 80
+    logits = logits_of(model.eval())
+    matrices = [value(matrix) for matrix in (model.model.embed_tokens.weight, model.lm_head.weight)]
+    for old, new in zip(before, matrices, strict=True):
+        assert torch.equal(new[:64], old)
+        spread = (new[64:] - old.mean(dim=0)).abs().max().item()
+        assert spread < 1e-4 if takes_means else spread > 1e-3
+    of_rank_0 = [matrix.clone() for matrix in matrices]
+    for mine, theirs in zip(matrices, of_rank_0, strict=True):
+        dist.broadcast(theirs, 0)
+        assert torch.equal(mine, theirs), "ranks drew other rows"
+    plain = LlamaForCausalLM(model.config).eval()
+    plain.load_state_dict({name: value(param) for name, param in model.named_parameters()}, strict=False)
+    with torch.no_grad():
+        assert torch.equal(logits, plain(input_ids=torch.arange(16).view(2, 8)).logits)
 
 
-def test_embeddings_can_be_resized(run_ranks) -> None:
-    run_ranks(resized, 2)
+@pytest.mark.parametrize("is_gathered", [False, True], ids=["as shards", "gathered"])
+@pytest.mark.parametrize("takes_means", [False, True], ids=["random rows", "mean rows"])
+def test_embeddings_can_be_resized(run_ranks, takes_means, is_gathered) -> None:
+    run_ranks(resized, 2, takes_means, is_gathered)

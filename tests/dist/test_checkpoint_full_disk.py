@@ -45,13 +45,15 @@ def fill(disk: Path, room_bytes: int) -> None:
     (disk / "ballast").write_bytes(bytes(state.f_bavail * state.f_frsize - room_bytes))
 
 
-def save_into_less_and_less(disk: str, tag: str) -> list[Outcome]:
+def save_into_less_and_less(disk: str, tag: str, in_background: bool) -> list[Outcome]:
     """Save `tag` with ever more room on the disk, from none to enough, taking it away again each time."""
     folder, is_first = Path(disk) / "saved", dist.get_rank() == 0
-    engine, found = start(TOPOLOGY, ""), []
+    engine, found = start(TOPOLOGY, "", checkpoint={"async_save": in_background, "keep_last": 2}), []
+    engine.save_checkpoint(str(folder), tag="older")
     train(engine, 1)
     engine.save_checkpoint(str(folder), tag="kept")
     train(engine, 1)
+    engine.wait_for_checkpoint()
     num_bytes = sum(path.stat().st_size for path in (folder / "kept").iterdir())
     rooms = [num_bytes * number // (NUM_ROOMS - 4) // PAGE_BYTES * PAGE_BYTES for number in range(NUM_ROOMS)]
     for room_bytes in rooms:
@@ -61,6 +63,7 @@ def save_into_less_and_less(disk: str, tag: str) -> list[Outcome]:
         error = ""
         try:
             engine.save_checkpoint(str(folder), tag=tag)
+            engine.wait_for_checkpoint()
         except OSError as caught:
             error = str(caught)
         dist.barrier()
@@ -75,13 +78,18 @@ def save_into_less_and_less(disk: str, tag: str) -> list[Outcome]:
     return found
 
 
-@pytest.mark.parametrize("tag", ["new", "kept"])
-def test_a_full_disk_is_one_error_on_all_ranks_and_costs_nothing(run_ranks: Any, small_disk: Path, tag: str) -> None:
-    mine, other = run_ranks(save_into_less_and_less, 2, str(small_disk), tag)
+@pytest.mark.parametrize(("tag", "in_background"), [("new", False), ("kept", False), ("new", True)])
+def test_a_full_disk_is_one_error_on_all_ranks_and_costs_nothing(
+    run_ranks: Any, small_disk: Path, tag: str, in_background: bool
+) -> None:
+    mine, other = run_ranks(save_into_less_and_less, 2, str(small_disk), tag, in_background)
     assert mine == other
     for outcome in mine:
         assert outcome.is_whole, outcome
-        assert set(outcome.names) <= {"kept", "latest", tag, "zero_to_fp32.py"}, outcome
+        stays = {"kept", "latest", "zero_to_fp32.py", "older"}
+        if tag == "new" and not outcome.error:
+            stays.remove("older")
+        assert stays <= set(outcome.names) <= stays | {tag}, outcome
         assert "No space left on device" in outcome.error or not outcome.error, outcome
         assert outcome.latest == ("kept" if outcome.error else tag), outcome
     failed = [bool(outcome.error) for outcome in mine]

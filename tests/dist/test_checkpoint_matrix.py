@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import nn
 
 from craken.checkpoint import Reader, reader, saver, shard_file
-from craken.checkpoint.blocks import read_block
+from craken.checkpoint.blocks import begin_block
 from tests.dist.topologies import DISK, HOST, Topology, start, train
 
 STEPS_BEFORE, STEPS_AFTER = 3, 2
@@ -160,12 +160,12 @@ def read_stack(folder: str, width: int, num_layers: int) -> int:
     """Load and return the bytes of tensors that this rank took from files."""
     counted: list[int] = []
 
-    def count(*args: Any) -> None:
+    def count(*args: Any) -> Any:
         counted.append(args[2].num_bytes)
-        read_block(*args)
+        return begin_block(*args)
 
     engine = stack(width, num_layers)
-    with mock.patch.object(reader, "read_block", count):
+    with mock.patch.object(reader, "begin_block", count):
         engine.load_checkpoint(folder)
     engine.destroy()
     return sum(counted)

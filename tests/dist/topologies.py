@@ -31,13 +31,16 @@ class Topology(NamedTuple):
         return f"stage{self.stage}-{self.world_size}ranks-{self.dtype}{offload}"
 
 
-def start(topology: Topology, swap_folder: str, *, nudge: float = 0.0) -> Any:
-    """Return an engine on this rank, host and device kept apart; `nudge` moves all initial weights."""
+def start(topology: Topology, swap_folder: str, *, nudge: float = 0.0, **sections: Any) -> Any:
+    """Return an engine on this rank, host and device kept apart; `nudge` moves all initial weights.
+
+    sections: of the config, besides those that the topology means.
+    """
     import craken
     from craken.engine import offload
     from craken.zero import Link
 
-    config = Case(topology.dtype, topology.world_size, clip=1.0).config(topology.stage)
+    config = Case(topology.dtype, topology.world_size, clip=1.0).config(topology.stage) | sections
     config["train_micro_batch_size_per_gpu"] = NUM_SENTENCES // topology.world_size
     for section, device in (("offload_optimizer", topology.states), ("offload_param", topology.weights)):
         if device != "none":

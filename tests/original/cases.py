@@ -46,9 +46,14 @@ class Case:
     accumulation: int = 1
     is_universal: bool = False
     has_own_scheduler: bool = False
-    optimizer: dict[str, Any] = field(default_factory=dict)
+    kind: str = "AdamW"  # of optimizer
+    optimizer: dict[str, Any] = field(default_factory=lambda: {"betas": [0.9, 0.98]})
+    states: tuple[str, ...] = ("exp_avg", "exp_avg_sq")
+    release: str = "0.19.6"  # of the original
 
 
+TORCH_ADAM = {"betas": [0.9, 0.98], "torch_adam": True}
+MOMENTUM: dict[str, Any] = {"kind": "SGD", "optimizer": {"momentum": 0.9}, "states": ("momentum_buffer",)}
 CASES = {
     "fp32-stage0": Case(0, "fp32", num_groups=1),
     "bf16-stage0": Case(0, "bf16"),
@@ -58,14 +63,20 @@ CASES = {
     "bf16-stage1": Case(1, "bf16", {"data_types": {"grad_accum_dtype": "fp32"}}),
     "fp16-stage1": Case(1, "fp16", accumulation=2),
     "fp32-stage2": Case(2, "fp32", zero={"round_robin_gradients": True, "offload_optimizer": {"device": "cpu"}}),
-    "bf16-stage2": Case(2, "bf16", optimizer={"torch_adam": True}),
+    "bf16-stage2": Case(2, "bf16", optimizer=TORCH_ADAM),
     "fp16-stage2": Case(2, "fp16", {"fp16": {"enabled": True, "loss_scale": 128}}, accumulation=2),
     "elastic": Case(2, "bf16", zero={"elastic_checkpoint": True}),
     "fp32-stage3": Case(3, "fp32", zero={"sub_group_size": 50, "stage3_param_persistence_threshold": 20}),
     "bf16-stage3": Case(3, "bf16"),
-    "fp16-stage3": Case(3, "fp16", optimizer={"torch_adam": True}),
+    "fp16-stage3": Case(3, "fp16", optimizer=TORCH_ADAM),
     "universal-stage1": Case(1, "bf16", is_universal=True),
     "universal-stage3": Case(3, "fp32", is_universal=True),
+    "sgd-bf16-stage0": Case(0, "bf16", **MOMENTUM),
+    "sgd-fp16-stage2": Case(2, "fp16", **MOMENTUM),
+    "adam-fp32-stage1": Case(1, "fp32", kind="Adam", optimizer={"betas": [0.9, 0.98], "adam_w_mode": False}),
+    "0.16.9-fp32-stage3": Case(3, "fp32", optimizer=TORCH_ADAM, release="0.16.9"),
+    "0.14.5-bf16-stage2": Case(2, "bf16", optimizer=TORCH_ADAM, release="0.14.5"),
+    "adagrad-fp32-stage0": Case(0, "fp32", kind="Adagrad", optimizer={}, states=("sum",)),
 }
 
 
@@ -77,7 +88,8 @@ def config_of(case: Case, stage: int, num_ranks: int) -> dict[str, Any]:
         "gradient_accumulation_steps": case.accumulation,
         "gradient_clipping": 1.0,
         "steps_per_print": 10**9,
-        "optimizer": {"type": "AdamW", "params": {"lr": 1e-2, "betas": [0.9, 0.98], **case.optimizer}},
+        "optimizer": {"type": case.kind, "params": {"lr": 1e-2, **case.optimizer}},
+        "zero_allow_untested_optimizer": True,
         **({} if case.has_own_scheduler else {"scheduler": schedule}),
         "zero_optimization": {"stage": stage, **(case.zero if stage == case.stage else {})},
         "bf16": {"enabled": case.precision == "bf16"},

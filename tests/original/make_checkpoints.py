@@ -2,9 +2,10 @@
 
     python tests/original/make_checkpoints.py OUT [CASE ...]
 
-Run by hand, with a Python that has the original (`deepspeed` 0.19.6) and a C++ compiler. Writes OUT/CASE.tar.xz, the
-checkpoint's folder without the scripts put beside it, and OUT/CASE.json: learning rate, loss scale and counts when it
-was saved, every weight and optimizer state as the original's own accessors give them (fp32, base64), the steps' losses.
+Run by hand, with a C++ compiler and a Python that has the original (`deepspeed`) in the release that the case names.
+Writes OUT/CASE.tar.xz, the checkpoint's folder without the scripts put beside it, and OUT/CASE.json: learning rate,
+loss scale and counts when it was saved, weights and optimizer states as the original's own accessors give them (fp32,
+base64), the steps' losses.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -79,11 +81,11 @@ def tensors_of(engine: Any, model: Model, case: Case) -> dict[str, str]:
         if case.stage == 0 and case.precision == "fp32":
             state = engine.optimizer.state[param]
             found[f"weight:{name}"] = param.detach()
-            found.update({f"{key}:{name}": state[key] for key in ("exp_avg", "exp_avg_sq")})
+            found.update({f"{key}:{name}": state[key] for key in case.states})
         else:
             found[f"weight:{name}"] = safe_get_full_fp32_param(param)
             # at stages 1 and 2 its accessor finds no states but those that were loaded
-            for key in ("exp_avg", "exp_avg_sq") if case.stage in (0, 3) else ():
+            for key in case.states if case.stage in (0, 3) else ():
                 found[f"{key}:{name}"] = safe_get_full_optimizer_state(param, key)
     return {
         name: base64.b64encode(value.detach().float().contiguous().numpy().tobytes()).decode()
@@ -129,14 +131,17 @@ def pack(folder: Path, archive: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
-    parser.add_argument("cases", nargs="*", metavar="CASE", help=f"all of {', '.join(CASES)} when none is named")
+    parser.add_argument(
+        "cases", nargs="*", metavar="CASE", help=f"of {', '.join(CASES)}; all of this release when none is named"
+    )
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if is_rank():
         print(json.dumps(train_and_save(CASES[options.cases[0]], str(options.out))))
         return
     options.out.mkdir(parents=True, exist_ok=True)
-    for name in options.cases or CASES:
+    installed = version("deepspeed")
+    for name in options.cases or [name for name, case in CASES.items() if case.release == installed]:
         make(name, options.out)
         print(f"{name}: {(options.out / f'{name}.tar.xz').stat().st_size} bytes", flush=True)
 

@@ -17,7 +17,7 @@ from craken import cli
 from craken.checkpoint import CheckpointDamaged, CheckpointNotFound, Reader, original_contents
 from craken.checkpoint.importing import import_original
 from craken.checkpoint.original_files import read_original
-from craken.engine import checkpointing
+from craken.engine import saving
 from craken.zero import state as zero_state
 from tests.original.test_resume import names_of, unpack
 
@@ -48,7 +48,7 @@ def change(file: Path, edit: Any) -> None:
 
 def test_our_names_of_kinds_are_the_engines() -> None:
     ours = (original_contents.WEIGHT, original_contents.OPTIMIZER, original_contents.FROZEN, original_contents.BUFFER)
-    assert ours == (zero_state.WEIGHT, zero_state.OPTIMIZER, checkpointing.FROZEN, checkpointing.BUFFER)
+    assert ours == (zero_state.WEIGHT, zero_state.OPTIMIZER, saving.FROZEN, saving.BUFFER)
 
 
 @pytest.mark.parametrize("num_lost", [1, 100, 5000])

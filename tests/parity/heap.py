@@ -13,11 +13,16 @@ def can_count() -> bool:
 
 
 def bytes_in_use() -> int:
-    """Return the bytes in use after garbage collection: in the heap, in blocks mapped apart, in rooms."""
+    """Return the bytes in use after garbage collection."""
+    while gc.collect():  # what a graph of autograd's hides from the collector comes to light layer by layer
+        pass
+    return bytes_now()
+
+
+def bytes_now() -> int:
+    """Return the bytes in use: in the heap, in blocks mapped apart, in rooms."""
     from craken.zero import mapped_bytes
     from craken.zero.heap import heap_figures
 
-    while gc.collect():  # what a graph of autograd's hides from the collector comes to light layer by layer
-        pass
     figures = heap_figures()
     return int(figures.uordblks + figures.hblkhd) + mapped_bytes()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -40,11 +42,12 @@ def reading(stage: int, config: dict[str, Any]) -> None:
         backward_both(pair, step)
         for param, plain in pairs_of(pair):
             same(safe_get_full_grad(param), plain.grad, "gradient")
+        taken = [plain.grad for _, plain in pairs_of(pair)]
         pair.engine.step()
         pair.twin_step()
-        for param, plain in pairs_of(pair):
+        for (param, plain), grad in zip(pairs_of(pair), taken, strict=True):
             same(safe_get_full_fp32_param(param), plain.detach(), "master")
-            assert safe_get_full_grad(param) is None
+            same(safe_get_full_grad(param), grad, "gradient that the step took")
             for key in ("exp_avg", "exp_avg_sq"):
                 same(safe_get_full_optimizer_state(param, key), pair.twin_optimizer.state[plain][key], key)
             assert safe_get_full_optimizer_state(param, "step") == step + 1
@@ -60,6 +63,41 @@ def test_what_an_engine_holds_of_a_parameter_is_read_whole(run_ranks, stage) -> 
 
 def test_parameters_that_stay_whole_at_stage_3_are_read_too(run_ranks) -> None:
     run_ranks(reading, 2, 3, {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 10**6}})
+
+
+def reading_what_a_step_took(stage: int, settings: dict[str, Any]) -> None:
+    """Clients whose backward takes the step too (accelerate's) can only ask afterwards."""
+    from craken.zero import safe_get_full_grad, safe_get_local_grad, safe_set_full_grad
+
+    pair, is_mixed = Pair(stage, config={"gradient_clipping": 0.1, **settings}), "fp16" in settings
+    params = list(pair.model.parameters())
+    for step in range(2):
+        forward = pair.engine(inputs(step, pair.rank).half() if is_mixed else inputs(step, pair.rank))
+        assert all(safe_get_full_grad(param) is None for param in params), "a forward begins with free memory"
+        pair.engine.backward(error(forward))
+        mean = [grad.clone() for param in params if (grad := safe_get_full_grad(param)) is not None]
+        pair.engine.step()
+        norm = pair.engine.get_global_grad_norm()
+        assert norm > 0.2, "nothing to clip"
+        for param, grad in zip(params, mean, strict=True):
+            torch.testing.assert_close(safe_get_full_grad(param), grad * (0.1 / norm), rtol=1e-4, atol=1e-6)
+            assert safe_get_local_grad(param) is not None
+            with pytest.raises(RuntimeError, match="no gradient to set"):
+                safe_set_full_grad(param, grad)
+    assert not any(group.gradients.has_any for group in pair.engine.groups), "the next step would take them again"
+    pair.engine.backward(error(forward.detach().requires_grad_()))
+    assert all(group.gradients.taken is None for group in pair.engine.groups)
+    pair.close()
+
+
+FP16 = {"fp16": {"enabled": True, "loss_scale": 64.0}}
+LION = {"optimizer": {"type": "Lion", "params": {"lr": 1e-3}}}
+
+
+@pytest.mark.parametrize("settings", [{}, FP16, LION], ids=["fp32", "fp16", "divided beforehand"])
+@stages
+def test_the_gradient_that_a_step_took_is_read_until_the_next_forward(run_ranks, stage, settings) -> None:
+    run_ranks(reading_what_a_step_took, 2, stage, settings)
 
 
 MESHES = [{"mics_shard_size": 2}, {"zero_hpz_partition_size": 2}]
@@ -124,6 +162,31 @@ def test_what_has_left_the_device_is_read_and_written_too(run_ranks, tmp_path: P
     run_ranks(reading, 2, 3, {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0, **settings}})
 
 
+def reading_from_a_host_of_its_own(stage: int, section: dict[str, Any]) -> None:
+    from craken.engine import offload
+    from craken.zero import Link, safe_get_full_grad
+
+    zero = {"stage": stage, "reduce_bucket_size": 20, "stage3_param_persistence_threshold": 0, **section}
+    with mock.patch.object(offload, "Link", functools.partial(Link, host_is_device=False)):
+        pair = Pair(stage, config={"zero_optimization": zero})
+    for step in range(2):
+        backward_both(pair, step)
+        for param, plain in pairs_of(pair):
+            same(safe_get_full_grad(param), plain.grad, "gradient")
+        pair.engine.step()
+        pair.twin_step()
+        assert all(safe_get_full_grad(param) is None for param in pair.model.parameters())
+    pair.assert_same_weights()
+    pair.close()
+
+
+@pytest.mark.parametrize("where", ["cpu", "nvme"])
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_gradients_that_left_the_device_are_read_before_the_step(run_ranks, tmp_path: Path, stage, where) -> None:
+    section = {"offload_optimizer": {"device": where, "nvme_path": str(tmp_path)}}
+    run_ranks(reading_from_a_host_of_its_own, 2, stage, section)
+
+
 def locally(stage: int) -> int:
     from craken.zero import (
         safe_get_local_fp32_param,
@@ -135,6 +198,7 @@ def locally(stage: int) -> int:
     )
 
     pair = Pair(stage)
+    assert all(safe_get_local_grad(param) is None for param in pair.model.parameters())
     pair.step_both(0)
     kept = 0
     for param, plain in pairs_of(pair):
@@ -146,7 +210,6 @@ def locally(stage: int) -> int:
         if state is not None:
             safe_set_local_optimizer_state(param, state * 2, "exp_avg")
         pair.twin_optimizer.state[plain]["exp_avg"].mul_(2)
-        assert safe_get_local_grad(param) is None
     pair.assert_same_weights()
     backward_both(pair, 1)
     for param, plain in pairs_of(pair):

@@ -61,6 +61,13 @@ def seeded(build: Any, seed: int = 11) -> Any:
         return build()
 
 
+def parts_of_all_ranks(param: nn.Parameter) -> Tensor:
+    """Return what all ranks say they keep of a parameter, end to end."""
+    parts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, param.ds_tensor)
+    return torch.cat(parts)
+
+
 def built_as_shards(stage: int) -> None:
     from craken.zero import Init
 
@@ -72,11 +79,14 @@ def built_as_shards(stage: int) -> None:
         assert (tuple(param.shape), param.ds_shape, param.ds_numel) == ((0,), whole.shape, whole.numel()), name
         assert param.requires_grad
         assert torch.equal(value(param), whole), name
+        assert torch.equal(parts_of_all_ranks(param), whole.detach().flatten()), name
     pair = Pair(stage, model)
     pair.twin.load_state_dict(plain.state_dict())
     for step in range(3):
         pair.step_both(step)
     pair.assert_same_weights()
+    if stage == 3:
+        assert all(torch.equal(parts_of_all_ranks(param), value(param).flatten()) for param in model.parameters())
     pair.close()
 
 
@@ -87,6 +97,7 @@ def test_a_model_built_as_shards_trains_as_one_built_whole(run_ranks, stage) -> 
 
 def dtypes() -> None:
     from craken.zero import GatheredParameters, Init
+    from craken.zero.construct import DeepSpeedTensorOverride as TensorOverride
 
     with Init(config_dict_or_path={**STAGE3, "bf16": {"enabled": True}}):
         model = seeded(Tied)
@@ -101,6 +112,8 @@ def dtypes() -> None:
         half = nn.Linear(2, 2)
     with Init():
         double = nn.Linear(2, 2, dtype=torch.float64)
+    with Init(config_dict_or_path={**STAGE3, "bf16": {"enabled": True}}, tensor_overrides=[TensorOverride.device]):
+        assert nn.Linear(2, 2).weight.dtype is torch.float32
     assert (half.weight.dtype, double.weight.dtype) == (torch.float16, torch.float64)
     with GatheredParameters([half.weight, double.weight]):
         assert half.weight.shape == double.weight.shape == (2, 2)

@@ -98,7 +98,7 @@ NUMEL = 8 * 64 * 64  # no padding: every group divides by ranks and by 32
 
 
 def held(stage: int, states: str, weights: str, dtype: str, folder: str) -> dict[str, int]:
-    """Return the ledger of one rank after two steps."""
+    """Return the ledger of one rank after two steps and a forward; until that, gradients could still be read."""
     import craken
     from craken.engine import offload
     from craken.zero import Link
@@ -114,9 +114,12 @@ def held(stage: int, states: str, weights: str, dtype: str, folder: str) -> dict
     }
     with mock.patch.object(offload, "Link", functools.partial(Link, host_is_device=False)):
         engine, *_ = craken.initialize(model=model, config=config)
+    x = torch.ones(1, 64).to(model[0].weight.dtype)
     for _ in range(2):
-        engine.backward(engine(torch.ones(1, 64).to(model[0].weight.dtype)).float().square().mean())
+        engine.backward(engine(x).float().square().mean())
         engine.step()
+    with torch.no_grad():
+        engine(x)
     ledger = engine.memory_ledger()
     engine.destroy()
     return ledger
@@ -189,8 +192,11 @@ def split_between_host_and_device(ratio: float) -> tuple[dict[str, int], list[bo
     }
     with mock.patch.object(offload, "Link", functools.partial(Link, host_is_device=False)):
         engine, *_ = craken.initialize(model=model, config=config)
-    engine.backward(engine(torch.ones(1, 64, dtype=torch.bfloat16)).float().square().mean())
+    x = torch.ones(1, 64, dtype=torch.bfloat16)
+    engine.backward(engine(x).float().square().mean())
     engine.step()
+    with torch.no_grad():
+        engine(x)
     places = [group.rules.placement.states is Place.HOST for group in engine.groups]
     ledger = engine.memory_ledger()
     engine.destroy()

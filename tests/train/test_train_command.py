@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -127,6 +129,15 @@ def _wait_for_step(run: Path, process: subprocess.Popen[str], step: int) -> None
         time.sleep(0.01)
 
 
+def _wait_for(path: Path, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 120
+    while not path.exists():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    time.sleep(0.7)  # for Python to have started in the ranks
+
+
 def _whole_lines(run: Path) -> list[str]:
     return (run / "metrics.jsonl").read_text().splitlines()
 
@@ -160,12 +171,25 @@ def test_ctrl_c_saves_and_resuming_continues_the_same_curve_to_the_bit(place, wh
 def test_sigterm_saves_and_exits_0_and_the_same_command_goes_on_from_the_newest_whole_checkpoint(place, whole) -> None:
     run = place / "taken"
     argv = [*BASE, "--data", "text", "--output", "taken", "--resume", "auto"]
-    process = subprocess.Popen(_command(*argv), cwd=place, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    _wait_for_step(run, process, 7)  # a checkpoint of step 5 is there; lines count validations too
-    process.send_signal(signal.SIGTERM)
-    shown, problems = process.communicate(timeout=120)
-    assert process.returncode == 0, problems
-    assert "Traceback" not in problems
+
+    def begin_and_stop(until: Callable[[subprocess.Popen[str]], None]) -> str:
+        process = subprocess.Popen(
+            _command(*argv), cwd=place, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        until(process)
+        process.send_signal(signal.SIGTERM)
+        shown, problems = process.communicate(timeout=120)
+        assert process.returncode == 0, problems
+        assert "Traceback" not in problems
+        assert "ERROR" not in problems
+        return shown
+
+    shown = begin_and_stop(lambda process: _wait_for(run, process))  # ranks are importing torch
+    assert "stopped by SIGTERM before step 1: nothing was done yet. Go on with:" in shown
+    assert "--resume auto --output taken" in shown
+    # a checkpoint of step 5 is there after 7 lines; they count validations too
+    shown = begin_and_stop(lambda process: _wait_for_step(run, process, 7))
+    assert f"no checkpoint in taken{os.sep}checkpoints: beginning" in shown
     last = _rows(run)[-1]["step"]
     assert 5 < last < STEPS
     assert f"stopped by SIGTERM after step {last} of {STEPS}; checkpoint saved" in shown

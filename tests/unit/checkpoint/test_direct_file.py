@@ -49,21 +49,21 @@ def test_a_file_system_without_direct_writes_gets_ordinary_ones(
 
 
 def test_short_writes_of_any_size_are_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = os.pwrite
-    monkeypatch.setattr(os, "pwrite", lambda fd, data, offset: real(fd, data[:1000], offset))
+    real = os.pwritev
+    monkeypatch.setattr(os, "pwritev", lambda fd, data, offset: real(fd, [data[0][:1000]], offset))
     put(tmp_path / "f", DATA, 7000)
     assert (tmp_path / "f").read_bytes() == DATA
 
 
 def test_what_the_disk_refuses_is_raised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = os.pwrite
+    real = os.pwritev
 
-    def full(fd: int, data: memoryview, offset: int) -> int:
+    def full(fd: int, data: list[memoryview], offset: int) -> int:
         if offset >= 40_000:
             raise OSError(errno.ENOSPC, "No space left on device")
         return real(fd, data, offset)
 
-    monkeypatch.setattr(os, "pwrite", full)
+    monkeypatch.setattr(os, "pwritev", full)
     with pytest.raises(OSError, match="No space left"):
         put(tmp_path / "f", DATA, 7000)
     num_fds = len(os.listdir("/proc/self/fd"))

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from craken.checkpoint import CheckpointDamaged, Reader, index, shard_file
+from craken.checkpoint import CheckpointDamaged, Reader, index, place, shard_file
+from craken.disk import pages, read_direct, takes_direct_io
 from craken.spec import ShardSpec
 from tests.unit.checkpoint.ranks import Brought, flip, numbers, save_on_ranks, save_one, shard, whole
 
@@ -43,6 +47,62 @@ def test_only_the_blocks_needed_are_read(tmp_path: Path, small_blocks: None, mon
     Reader(tmp_path).read("param", ShardSpec("w", (160,), 30, 20), out)
     assert torch.equal(out, full[30:50])
     assert sum(fetched) == 3 * 64  # elements 16..63, 16 a block
+
+
+LARGE = 3 * (1 << 20) + 5  # fp32 elements: two blocks, the parts of neither at whole pages
+
+
+@pytest.fixture
+def large(tmp_path: Path) -> torch.Tensor:
+    """A checkpoint of w [LARGE] behind 5 fp64, so that w begins within a page."""
+    full = torch.arange(LARGE, dtype=torch.float32)
+    save_one(tmp_path, "a", {"first": torch.arange(5.0, dtype=torch.float64), "w": full})
+    return full
+
+
+@pytest.mark.parametrize("shift", [0, 1, 10])  # the file's bytes begin 40 bytes into a page: 10 is aligned alike
+@pytest.mark.parametrize("is_shared", [False, True])
+def test_large_reads_come_whole_whatever_the_alignment(
+    tmp_path: Path, large: torch.Tensor, monkeypatch: pytest.MonkeyPatch, shift: int, is_shared: bool
+) -> None:
+    direct: list[int] = []
+    monkeypatch.setattr(place, "read_direct", lambda *args: (direct.append(len(args[1])), read_direct(*args))[1])
+    flat = pages((LARGE + 20) * 4).view(torch.float32)
+    out = flat[shift : shift + LARGE]
+    Reader(tmp_path).read("param", ShardSpec("w", (LARGE,), 0, LARGE), out, is_shared=is_shared)
+    assert torch.equal(out, large)
+    assert flat[:shift].count_nonzero() == flat[shift + LARGE :].count_nonzero() == 0
+    assert sum(direct) == (0 if is_shared or not takes_direct_io(tmp_path) else LARGE * 4)
+
+
+def test_a_file_system_that_refuses_direct_reads_gets_ordinary_ones(
+    tmp_path: Path, large: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: Any) -> None:
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(place, "read_direct", refuse)
+    assert torch.equal(Reader(tmp_path).read_full("param", "w"), large)
+
+
+@pytest.mark.parametrize("byte", [100, 3 << 20, (8 << 20) + 100])
+def test_damage_ends_a_large_read_with_nothing_on_its_way(tmp_path: Path, large: torch.Tensor, byte: int) -> None:
+    file = next((tmp_path / "a").glob("rank-*"))
+    flip(file, file.stat().st_size - LARGE * 4 + byte)
+    out = torch.empty(LARGE)
+    with pytest.raises(CheckpointDamaged, match="param of w.*checksum"):
+        Reader(tmp_path).read("param", ShardSpec("w", (LARGE,), 0, LARGE), out)
+    out.zero_()
+    time.sleep(0.01)
+    assert out.count_nonzero() == 0
+
+
+def test_a_large_file_cut_after_opening_is_named(tmp_path: Path, large: torch.Tensor) -> None:
+    reader = Reader(tmp_path)
+    file = next((tmp_path / "a").glob("rank-*"))
+    os.truncate(file, file.stat().st_size - (3 << 20))
+    with pytest.raises(CheckpointDamaged, match=r"param of w, bytes.*the file ends after"):
+        reader.read_full("param", "w")
 
 
 def test_a_read_leaves_what_lies_around_its_target_alone(tmp_path: Path) -> None:

@@ -9,10 +9,17 @@ from typing import Any
 import fsspec
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from craken.checkpoint import CheckpointDamaged, CheckpointNotFound, Reader, list_tags, verify
+from craken.checkpoint import CheckpointDamaged, CheckpointNotFound, Reader, list_tags, newest_whole, verify
+from craken.checkpoint.export_command import main as export
+from craken.checkpoint.fp32 import get_fp32_state_dict_from_zero_checkpoint
+from craken.checkpoint.fp32 import main as convert
+from craken.checkpoint.import_command import main as import_checkpoint
+from craken.checkpoint.inspect_command import main as inspect
 from craken.checkpoint.place import Url, place_of
 from craken.spec import ShardSpec
+from craken.train.command import main as train
 from tests.unit.checkpoint.ranks import Brought, numbers, save_on_ranks, save_one, shard, whole
 
 STORE = fsspec.filesystem("memory")
@@ -205,5 +212,53 @@ def test_files_of_others_beside_a_checkpoint_stay(url: str) -> None:
 
 
 def test_a_store_whose_package_is_missing_is_named() -> None:
-    with pytest.raises((ImportError, ValueError), match="nosuchstore"):
+    with pytest.raises(ValueError, match="nosuchstore"):
         Reader("nosuchstore://bucket/run")
+
+
+def test_commands_and_functions_take_urls(url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    w = numbers(40, 5)
+    for step in (9, 10):
+        brought = Brought([whole("weight", "w", w + step)], {}, {"global_steps": step, "tied": {}})
+        save_on_ranks(url, f"step{step}", [brought])
+    for where in (url, f"{url}/", f"{url}/step10"):
+        assert inspect([where, "--verify"]) == 0
+        shown = capsys.readouterr().out
+        assert "tags here  step9, step10" in shown
+        assert "step10 (the latest)" in shown
+        assert "every block of every file is as it was written" in shown
+    assert torch.equal(get_fp32_state_dict_from_zero_checkpoint(url)["w"], w + 10)
+    assert torch.equal(get_fp32_state_dict_from_zero_checkpoint(f"{url}/step9")["w"], w + 9)
+    assert export([url, str(tmp_path / "model"), "--tag", "step9"]) == 0
+    assert torch.equal(load_file(tmp_path / "model" / "model.safetensors")["w"], w + 9)
+    assert newest_whole(url) == ("step10", {})
+    (name,) = (name for name in STORE.find("/bucket/run/step10") if name.endswith(".safetensors"))
+    STORE.pipe_file(name, STORE.cat_file(name)[:-1] + b"x")
+    assert inspect([url, "--verify"]) == 1
+    found = newest_whole(url)
+    assert found.tag == "step9"
+    assert name.rsplit("/", 1)[-1] in found.damaged["step10"]
+
+
+def test_only_checkpoints_lie_in_stores(url: str, tmp_path: Path, capsys, caplog) -> None:
+    save_one(url, "a", {"w": numbers(4)})
+    for run in (
+        lambda: export([url, "memory://bucket/model"]),
+        lambda: export([url, str(tmp_path / "model"), "--base", "memory://bucket/model"]),
+        lambda: convert([url, "memory://bucket/model"]),
+        lambda: import_checkpoint(["memory://bucket/original", str(tmp_path / "out")]),
+        lambda: import_checkpoint([str(tmp_path), "memory://bucket/out"]),
+        lambda: train(["--output", "memory://bucket/out"]),
+        lambda: train(["--resume", "memory://bucket/out"]),
+        lambda: train(["--resume", "auto", "--output", "memory://bucket/out"]),
+    ):
+        caplog.clear()
+        try:
+            code = run()
+        except SystemExit as ended:
+            code = ended.code
+        assert code == 2
+        said = capsys.readouterr().err + caplog.text
+        assert "memory://bucket/" in said
+        assert "expected a folder of this host" in said
+    assert [path.name for path in tmp_path.iterdir()] == []

@@ -66,8 +66,8 @@ def test_records_give_place_and_checksum_of_each_block(tmp_path: Path, monkeypat
 
 
 def test_short_writes_are_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = os.pwrite
-    monkeypatch.setattr(os, "pwrite", lambda fd, data, offset: real(fd, data[:1000], offset))
+    real = os.pwritev
+    monkeypatch.setattr(os, "pwritev", lambda fd, data, offset: real(fd, [data[0][:1000]], offset))
     piece = whole("param", "w", numbers(3000))
     record = write_file(tmp_path / "f", [entry_of(piece)], [piece.tensor]).pieces[0][1]
     assert (tmp_path / "f").read_bytes()[record.start : record.end] == piece.tensor.numpy().tobytes()
