@@ -11,9 +11,10 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
+from craken.checkpoint.errors import CheckpointDamaged
 from craken.checkpoint.export import Changes, LinearLayers, Planned, check_target, plan_export, write_export
 from craken.checkpoint.inspect_command import human_bytes
-from craken.checkpoint.place import host_path
+from craken.checkpoint.place import Place, host_path
 from craken.checkpoint.weight_files import Written, parse_size
 from craken.log import logger
 
@@ -26,7 +27,7 @@ _EXAMPLES = """examples:
 
 
 def main(words: Sequence[str], linear_layers: LinearLayers | None = None) -> int:
-    """Run `craken export`; return the exit code: 1 when the checkpoint is damaged or the disk full, 2 for wrong input.
+    """Run `craken export`; return the exit code: 1 when the checkpoint is damaged, 2 when it cannot be done.
 
     `linear_layers` tells a model's linear layers from the folder of its config.json; quantising asks it.
     """
@@ -39,7 +40,7 @@ def main(words: Sequence[str], linear_layers: LinearLayers | None = None) -> int
         written = _write(planned, asked.out, asked.max_shard_size)
     except (ValueError, OSError) as error:
         logger.error(str(error))
-        return 2
+        return 1 if isinstance(error, CheckpointDamaged) else 2
     _report(planned, written, asked.out, time.monotonic() - begin_s)
     return 0
 
@@ -59,9 +60,11 @@ def _write(planned: Planned, out: Path, max_shard_bytes: int) -> Written:
 
 def _report(planned: Planned, written: Written, out: Path, elapsed_s: float) -> None:
     if planned.model_files is None:
+        run = _interrupted_run(planned.source)
+        finish = f"finish the run, which writes one (craken train --resume {run}), or " if run else ""
         logger.warning(
-            f"no config.json was found near {planned.source}: {out} holds weights only; give --model-files FOLDER for "
-            "a model that from_pretrained loads"
+            f"no config.json was found near {planned.source}: {out} holds weights only; for a model that "
+            f"from_pretrained loads {finish}give --model-files FOLDER"
         )
     weights = [name for name in written.files if name.endswith(".safetensors")]
     Console(highlight=False).print(
@@ -71,6 +74,14 @@ def _report(planned: Planned, written: Written, out: Path, elapsed_s: float) -> 
         soft_wrap=True,
         markup=False,
     )
+
+
+def _interrupted_run(checkpoint: Place) -> Path | None:
+    """Return the output folder of the `craken train` that saved RUN/checkpoints/TAG, which has no model yet."""
+    if not isinstance(checkpoint, Path):
+        return None
+    run = checkpoint.resolve().parent.parent
+    return run if (run / "run.json").is_file() else None
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -34,6 +34,7 @@ from craken.log import warn_once
 LATEST_NAME = "latest"
 _STAGED = re.compile(r"\.(?P<tag>.+)\.tmp-[0-9a-f]{16}")
 _SET_ASIDE = re.compile(r"\.(?P<tag>.+)\.old-[0-9a-f]{16}")
+_OURS = re.compile(rf"rank-\d{{5,}}\.safetensors|{re.escape(INDEX_NAME)}")
 _NUMBER = re.compile(r"([0-9]+)")
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
 _CANNOT_EXCHANGE = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)
@@ -140,12 +141,17 @@ def stage_folder(folder: Path, tag: str) -> StagedFolder:
 
 
 def publish(staging: Staging) -> None:
-    """Give the finished staging folder its name, in place of a checkpoint that may have it, durably."""
+    """Give the finished staging folder its name, in place of a checkpoint that may have it, durably.
+
+    What others have put into that checkpoint's folder is in the new one too.
+    """
     if isinstance(staging, StagedRemotely):
         remote.publish(staging.path)
         return
-    sync_folder(staging.path)
     path, final = staging.path, staging.final
+    if _is_checkpoint(final):
+        _keep_others_files(final, path)
+    sync_folder(path)
     if not _is_checkpoint(final):
         path.rename(final)
     elif not _exchange(path, final):
@@ -247,6 +253,24 @@ def _replace_in_steps(path: Path, final: Path) -> None:
         aside.rename(final)
         raise
     aside.rename(path)
+
+
+def _keep_others_files(source: Path, target: Path) -> None:
+    """Give all in `source` that no save has written a name in `target` too, without a copy where that can be."""
+    for path in source.iterdir():
+        if _OURS.fullmatch(path.name):
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.copytree(path, target / path.name, symlinks=True, copy_function=_link)
+        else:
+            _link(path, target / path.name)
+
+
+def _link(source: str | Path, target: str | Path) -> None:
+    try:
+        os.link(source, target, follow_symlinks=False)
+    except OSError:  # the file system has no second names
+        shutil.copy2(source, target, follow_symlinks=False)
 
 
 def _as(path: Path, state: str) -> Path:

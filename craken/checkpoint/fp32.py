@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from craken.checkpoint.consolidated import consolidate, open_reader
+from craken.checkpoint.errors import CheckpointDamaged
 from craken.checkpoint.export import check_space
 from craken.checkpoint.folder import sync_folder
 from craken.checkpoint.lazy import LazyTensor, cast
@@ -123,7 +124,7 @@ def convert_zero_checkpoint_to_fp32_state_dict(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run `zero_to_fp32 CHECKPOINT_DIR OUTPUT_DIR`; return the exit code, 2 when it cannot be done."""
+    """Run `zero_to_fp32 CHECKPOINT_DIR OUTPUT_DIR`; return the exit code: 1 for damage, 2 when it cannot be done."""
     asked = _parser().parse_args(argv)
     try:
         convert_zero_checkpoint_to_fp32_state_dict(
@@ -138,7 +139,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if asked.debug:
             raise
         logger.error(str(error))
-        return 2
+        return 1 if isinstance(error, CheckpointDamaged) else 2
     logger.info(f"wrote {asked.output_dir}")
     return 0
 

@@ -8,19 +8,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from craken.checkpoint.errors import CheckpointDamaged
 from craken.checkpoint.importing import import_original
 from craken.log import logger
 
 
 def main(words: Sequence[str]) -> int:
-    """Run `craken import`; return the exit code, 2 when something cannot be read or written."""
+    """Run `craken import`; return the exit code: 1 when the checkpoint is damaged, 2 when it cannot be done."""
     asked = _parser().parse_args(words)
     try:
         names = None if asked.groups is None else _names_in(asked.groups)
         done = import_original(asked.checkpoint, asked.out, asked.tag, names=names)
     except (ValueError, NotImplementedError, OSError) as error:
         logger.error(str(error))
-        return 2
+        return 1 if isinstance(error, CheckpointDamaged) else 2
     logger.info(
         f"wrote {done.path}: step {done.global_steps}, {done.num_trained} trained and {done.num_frozen} frozen "
         f"parameters, optimizer states {', '.join(done.states) or 'none'}"

@@ -15,7 +15,8 @@ block more at either end.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -93,8 +94,7 @@ def build_index(
         for entry, piece in rank_file.pieces:
             pieces[entry.kind, entry.fqn].append(piece)
     tensors = {}
-    for entry in entries:
-        key = entry.kind, entry.fqn
+    for key, entry in {(entry.kind, entry.fqn): entry for entry in entries}.items():
         in_order = tuple(sorted(pieces[key], key=lambda piece: piece.offset))
         tensors[key] = TensorRecord(entry.kind, entry.fqn, entry.shape, entry.dtype, in_order)
     return Index(len(written), block_bytes, tuple(rank_file.file for rank_file in written), tensors, shared_state)
@@ -135,33 +135,83 @@ def read_index(folder: Place) -> Index:
         raise CheckpointDamaged(f"{path} is damaged: its checksum does not fit its text; load another tag")
     try:
         return _index_of(body, checksum)
-    except (ValueError, TypeError, KeyError) as error:
-        raise CheckpointDamaged(f"{path} is not a well-formed index of format version {VERSION}: {error!r}") from error
+    except ValueError as error:
+        what = str(error)
+    except (TypeError, KeyError, AttributeError) as error:
+        what = repr(error)
+    raise CheckpointDamaged(f"{path} is not a well-formed index of format version {VERSION}: {what}; load another tag")
 
 
 def _index_of(body: dict[str, Any], checksum: str) -> Index:
-    tensors = {}
+    """Return the index, if every byte range lies in its file and every element of every tensor in one of them."""
+    world_size, block_bytes, shared_state = body["world_size"], body["block_bytes"], body["shared_state"]
+    if not _are_counts(world_size, block_bytes) or not world_size or not block_bytes or type(shared_state) is not dict:
+        raise ValueError("expected a positive world_size and block_bytes, and a shared_state that is an object")
+    files: dict[str, FileRecord] = {}
+    for fields in body["files"]:
+        file = FileRecord(**fields)
+        _check_file(file, files)
+        files[file.name] = file
+    tensors: dict[tuple[str, str], TensorRecord] = {}
     for fields in body["tensors"]:
-        pieces = tuple(
-            PieceRecord(**{**piece, "file": _plain_name(piece["file"]), "blocks": tuple(piece["blocks"])})
-            for piece in fields["pieces"]
-        )
-        dtype_of(fields["dtype"])
+        pieces = tuple(PieceRecord(**{**piece, "blocks": tuple(piece["blocks"])}) for piece in fields["pieces"])
         record = TensorRecord(**{**fields, "shape": tuple(fields["shape"]), "pieces": pieces})
+        if (record.kind, record.fqn) in tensors:
+            raise ValueError(f"{record.kind} of {record.fqn} is there twice")
+        _check_tensor(record, files, block_bytes)
         tensors[record.kind, record.fqn] = record
-    files = tuple(FileRecord(**{**fields, "name": _plain_name(fields["name"])}) for fields in body["files"])
-    return Index(int(body["world_size"]), int(body["block_bytes"]), files, tensors, body["shared_state"], checksum)
+    return Index(world_size, block_bytes, tuple(files.values()), tensors, shared_state, checksum)
+
+
+def _check_file(file: FileRecord, others: Container[str]) -> None:
+    """A file lies in the checkpoint's own folder, whatever an index from elsewhere says, and is named once."""
+    name = file.name
+    if type(name) is not str or Path(name).name != name or name in ("", "..") or "\0" in name or name in others:
+        raise ValueError(f"expected file names without a folder, each once, got {name!r}")
+    if not _are_counts(file.num_bytes, file.data_start) or file.data_start > file.num_bytes:
+        raise ValueError(f"{name}: expected data to start within its bytes, got {file.data_start} of {file.num_bytes}")
+
+
+def _check_tensor(record: TensorRecord, files: Mapping[str, FileRecord], block_bytes: int) -> None:
+    name, end = f"{record.kind} of {record.fqn}", 0
+    if not (type(record.kind) is type(record.fqn) is str and _are_counts(*record.shape)):
+        raise ValueError(f"{name}: expected words for names and counts for the shape {record.shape}")
+    itemsize = dtype_of(record.dtype).itemsize
+    for piece in record.pieces:
+        what = _problem(piece, files, itemsize, block_bytes)
+        if what is None and piece.offset != end:
+            what = f"begins at element {piece.offset}, expected {end}: elements are missing or there twice"
+        if what is not None:
+            raise ValueError(f"{piece.file}: the piece of {name} {what}")
+        end += piece.numel
+    if end != math.prod(record.shape):
+        raise ValueError(f"{name}: the pieces hold {end} elements, shape {record.shape} has {math.prod(record.shape)}")
+
+
+def _problem(piece: PieceRecord, files: Mapping[str, FileRecord], itemsize: int, block_bytes: int) -> str | None:
+    """Say what is wrong with a piece by itself; None when nothing is."""
+    file, num_bytes = files.get(piece.file), piece.numel * itemsize
+    if file is None:
+        return "lies in a file that the index does not list"
+    if not _are_counts(piece.start, piece.end, piece.offset, piece.numel) or not piece.numel:
+        return f"has numbers that are no counts: {piece.start}, {piece.end}, {piece.offset}, {piece.numel}"
+    if piece.end - piece.start != num_bytes or piece.start < file.data_start or piece.end > file.num_bytes:
+        return (
+            f"has bytes [{piece.start}, {piece.end}); expected {num_bytes} between {file.data_start} and "
+            f"{file.num_bytes} for its {piece.numel} elements"
+        )
+    num_blocks = -(-num_bytes // block_bytes)
+    if len(piece.blocks) != num_blocks:
+        return f"has {len(piece.blocks)} checksums, expected {num_blocks} for {num_bytes} bytes"
+    return None
+
+
+def _are_counts(*numbers: Any) -> bool:
+    return all(type(number) is int and number >= 0 for number in numbers)
 
 
 def _fields_of(tensor: TensorRecord) -> dict[str, Any]:
     return {**vars(tensor), "pieces": [vars(piece) for piece in tensor.pieces]}
-
-
-def _plain_name(name: str) -> str:
-    """A file lies in the checkpoint's own folder, whatever an index from elsewhere says."""
-    if Path(name).name != name:
-        raise ValueError(f"expected a file name without a folder, got {name!r}")
-    return name
 
 
 def _checksum(text: str) -> str:

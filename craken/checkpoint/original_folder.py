@@ -13,7 +13,9 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from craken.checkpoint.consolidated import locate
 from craken.checkpoint.errors import CheckpointNotFound
+from craken.checkpoint.folder import list_tags
 from craken.checkpoint.index import INDEX_NAME
 
 _RANK_FILE = re.compile(
@@ -21,6 +23,7 @@ _RANK_FILE = re.compile(
 )
 _MODEL_FILE = re.compile(r"mp_rank_(?P<mp>\d+)_model_states\.pt")
 _PIPELINE_OR_EXPERT_FILE = re.compile(r"layer_\d+.*\.pt|expp_rank_.*\.pt|.*_expert_.*\.pt")
+_NOTHING_TO_DO = "load them as they are, there is nothing to import"
 _LATEST_NAMES = ("latest", "latest_universal")
 _UNIVERSAL_FOLDER, _WHOLE_MODEL = "zero", "mp_rank_00_model_states.pt"
 
@@ -90,6 +93,9 @@ def _tag_folder(source: Path, tag: str | None) -> Path:
                     f"{source / name} names the tag {tag!r}, which does not exist; {_tags_in(source)}"
                 )
             return source / tag
+    own = list_tags(locate(source, None)[0])
+    if own:
+        raise ValueError(f"{source} holds checkpoints of ours already ({', '.join(own[-3:])}): {_NOTHING_TO_DO}")
     raise CheckpointNotFound(f"{source} has no file `latest`: give --tag; {_tags_in(source)}")
 
 
@@ -106,7 +112,7 @@ def _looks_like_a_checkpoint(path: Path) -> bool:
 
 def _refuse_others(path: Path) -> None:
     if (path / INDEX_NAME).is_file():
-        raise ValueError(f"{path} is a checkpoint of ours already: load it as it is, there is nothing to import")
+        raise ValueError(f"{path} is a checkpoint of ours already: {_NOTHING_TO_DO}")
     for file in sorted(path.iterdir()):
         match = _MODEL_FILE.fullmatch(file.name) or _RANK_FILE.fullmatch(file.name)
         if match and int(match["mp"]) > 0:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+from craken.checkpoint.read_ahead import ReadAhead
 from craken.disk import read_direct
 
 _LOCAL_SCHEMES = ("file", "local")
@@ -17,12 +18,16 @@ _DIRECT_BYTES = 1 << 20  # smaller reads are faster through the page cache, whic
 
 @dataclass(frozen=True)
 class Url(os.PathLike[str]):
-    """A prefix or a file in a store that fsspec reaches, used as a Path is: `url / name`, `url.name`, `str(url)`."""
+    """A prefix or a file in a store that fsspec reaches, used as a Path is: `url / name`, `url.name`, `str(url)`.
+
+    `ahead` keeps what was read ahead of the files below it, for a reader of files that do not change.
+    """
 
     text: str
+    ahead: ReadAhead | None = field(default=None, compare=False, repr=False)
 
     def __truediv__(self, name: str) -> Url:
-        return Url(f"{self.text}/{name}")
+        return replace(self, text=f"{self.text}/{name}")
 
     def __str__(self) -> str:
         return self.text
@@ -72,6 +77,11 @@ def host_path(folder: str | os.PathLike[str]) -> Path:
     if isinstance(place, Url):
         raise ValueError(f"{place}: expected a folder of this host; in stores there are checkpoints of ours alone")
     return place.expanduser()
+
+
+def reading_ahead(folder: Place) -> Place:
+    """Return `folder` for many small reads of the files in it, which must not change meanwhile."""
+    return Url(folder.text, ReadAhead()) if isinstance(folder, Url) else folder
 
 
 def read_bytes(file: Place) -> bytes:
@@ -160,17 +170,24 @@ class _LocalFile:
 
 
 class _RemoteFile:
-    """Requests for ranges, each on its own."""
+    """Requests for ranges, each on its own where nothing is read ahead."""
 
     part_bytes = 1 << 30  # blocks whole: each request costs a round trip
 
     def __init__(self, file: Url) -> None:
         self._store, self._path = reach(file)
+        self._ahead = file.ahead
 
     def read_into(self, into: memoryview, start: int) -> int:
-        data = self._store.cat_file(self._path, start=start, end=start + len(into))
+        if self._ahead is None:
+            data = self._fetch(start, start + len(into))
+        else:
+            data = self._ahead.read(self._path, start, len(into), self._fetch)
         into[: len(data)] = data
         return len(data)
 
     def close(self) -> None:
         """Nothing is held."""
+
+    def _fetch(self, start: int, end: int) -> bytes:
+        return bytes(self._store.cat_file(self._path, start=start, end=end))

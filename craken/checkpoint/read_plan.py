@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from typing import NamedTuple
 
 from craken.checkpoint.errors import CheckpointDamaged
@@ -28,7 +29,10 @@ class BlockRead(NamedTuple):
 def plan_reads(record: TensorRecord, offset: int, numel: int, *, itemsize: int, block_bytes: int) -> list[BlockRead]:
     """Return the reads that fill elements [offset, offset + numel), in order; CheckpointDamaged if pieces lack some."""
     reads, end = [], offset
-    for piece in record.pieces:
+    first_piece = max(bisect_right(record.pieces, offset, key=lambda piece: piece.offset) - 1, 0)
+    for piece in record.pieces[first_piece:]:
+        if piece.offset >= offset + numel:
+            break
         low, high = max(piece.offset, end), min(piece.offset + piece.numel, offset + numel)
         if low >= high:
             continue

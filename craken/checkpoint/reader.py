@@ -27,7 +27,7 @@ from craken.checkpoint.entry import (
 )
 from craken.checkpoint.errors import CheckpointDamaged
 from craken.checkpoint.index import TensorRecord, read_index
-from craken.checkpoint.place import OpenFile, Place, open_file, place_of
+from craken.checkpoint.place import OpenFile, Place, open_file, place_of, reading_ahead
 from craken.checkpoint.read_plan import BlockRead, plan_reads
 from craken.checkpoint.state_codec import decode_state
 from craken.spec import ShardSpec
@@ -46,7 +46,8 @@ class Reader:
     """
 
     def __init__(self, folder: str | os.PathLike[str], tag: str | None = None) -> None:
-        self.tag, self.path = folders.find(place_of(folder), tag)
+        self.tag, path = folders.find(place_of(folder), tag)
+        self.path = reading_ahead(path)
         self._index = read_index(self.path)
         self._threads = ThreadPoolExecutor(_NUM_THREADS, "craken-checkpoint-read")  # started when needed, end with it
         for file in self._index.files:

@@ -12,12 +12,18 @@ _TEXT = '''#!/usr/bin/env python3
 
 import sys
 
-from craken.checkpoint.fp32 import (  # noqa: F401 - users import them from here too
-    convert_zero_checkpoint_to_fp32_state_dict,
-    get_fp32_state_dict_from_zero_checkpoint,
-    load_state_dict_from_zero_checkpoint,
-    main,
-)
+try:
+    from craken.checkpoint.fp32 import (  # noqa: F401 - users import them from here too
+        convert_zero_checkpoint_to_fp32_state_dict,
+        get_fp32_state_dict_from_zero_checkpoint,
+        load_state_dict_from_zero_checkpoint,
+        main,
+    )
+except ModuleNotFoundError as error:
+    problem = f"{error} for {sys.executable}: run zero_to_fp32.py with the Python of an environment that has craken"
+    if __name__ == "__main__":
+        sys.exit(problem)
+    raise ModuleNotFoundError(problem, name=error.name) from None
 
 if __name__ == "__main__":
     sys.exit(main())

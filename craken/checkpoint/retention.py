@@ -7,6 +7,7 @@ missing or of another size, counts for nothing: it takes no place among those th
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 from typing import NamedTuple
@@ -25,10 +26,11 @@ def newest_first(folder: str | os.PathLike[str]) -> list[str]:
 
     None where there is no folder. Where a store tells no times, the numbers in tags count.
     """
-    place = place_of(folder)
-    tags = folders.list_tags(place)[::-1]  # numbers in order: for those whose times are equal
-    times = {tag: modified_ns(folders.find(place, tag)[1] / INDEX_NAME) for tag in tags}
-    return sorted(tags, key=lambda tag: -times[tag])
+    place, times = place_of(folder), {}
+    for tag in folders.list_tags(place)[::-1]:  # numbers in order: for those whose times are equal
+        with contextlib.suppress(FileNotFoundError):  # deleted by another process since
+            times[tag] = modified_ns(folders.find(place, tag)[1] / INDEX_NAME)
+    return sorted(times, key=lambda tag: -times[tag])
 
 
 class Found(NamedTuple):
@@ -57,14 +59,22 @@ def delete_older(folder: Path, *, keep_last: int) -> None:
     """Delete the checkpoints in `folder` that are older than its `keep_last` newest whole ones.
 
     Never that which `latest` names, nor folders that are no checkpoints or of a newer format. A deletion that a kill
-    cuts short leaves no half of a checkpoint under a tag: the folder loses its name first.
+    cuts short leaves no half of a checkpoint under a tag: the folder loses its name first. What cannot be looked at or
+    deleted is a warning.
     """
+    try:
+        _delete_older(folder, keep_last)
+    except OSError as error:  # the new checkpoint is on the disk: that has worked
+        warn_once(f"cannot look for old checkpoints in {folder} ({error}); remove them by hand")
+
+
+def _delete_older(folder: Path, keep_last: int) -> None:
     named, num_whole = _named_by_latest(folder), 0
     for tag in newest_first(folder):
-        path = folders.find(folder, tag)[1]
         try:
+            path = folders.find(folder, tag)[1]
             is_whole = _is_whole(path)
-        except ValueError:  # a newer release's
+        except (ValueError, CheckpointNotFound):  # a newer release's; or deleted by another process since
             continue
         if num_whole >= keep_last and tag != named:
             _delete(path)
@@ -74,7 +84,9 @@ def delete_older(folder: Path, *, keep_last: int) -> None:
 def _delete(path: Path) -> None:
     try:
         folders.delete_tag(path)
-    except OSError as error:  # the new checkpoint is on the disk: that has worked
+    except FileNotFoundError:  # by another process
+        return
+    except OSError as error:
         warn_once(f"cannot delete the old checkpoint {path} ({error}); remove it by hand")
 
 

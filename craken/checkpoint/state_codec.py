@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from craken.checkpoint.entry import can_store
+from craken.checkpoint.errors import CheckpointDamaged
 
 _TAG = "$"
 _MAX_DEPTH = 100
@@ -47,13 +48,24 @@ def encode_state(state: Any, *, root: str) -> EncodedState:
 
 
 def decode_state(value: Any, fetch: Callable[[str], Tensor]) -> Any:
-    """Rebuild a state from `encode_state`'s value; `fetch` returns a stored tensor by its name."""
+    """Rebuild a state from `encode_state`'s value; `fetch` returns a stored tensor by its name.
+
+    Whatever the value is, none but the listed types come out: CheckpointDamaged for what `encode_state` never returns,
+    ValueError for a type of a newer release.
+    """
+    try:
+        return _decode(value, fetch)
+    except (KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        raise CheckpointDamaged(f"a state is not as it was written: {error!r}; load another tag") from error
+
+
+def _decode(value: Any, fetch: Callable[[str], Tensor]) -> Any:
     if isinstance(value, list):
-        return [decode_state(item, fetch) for item in value]
+        return [_decode(item, fetch) for item in value]
     if not isinstance(value, dict):
         return value
     if _TAG not in value:
-        return {key: decode_state(item, fetch) for key, item in value.items()}
+        return {key: _decode(item, fetch) for key, item in value.items()}
     return _decode_tagged(value, fetch)
 
 
@@ -137,27 +149,35 @@ def _encode_number(value: float | complex) -> Any:
 def _decode_tagged(value: dict[str, Any], fetch: Callable[[str], Tensor]) -> Any:
     tag = value[_TAG]
     if tag in _CONTAINERS:
-        return _CONTAINERS[tag](decode_state(item, fetch) for item in value["items"])
+        return _CONTAINERS[tag](_decode(item, fetch) for item in value["items"])
     if tag in _MAPPINGS:
-        pairs = ((decode_state(key, fetch), decode_state(item, fetch)) for key, item in value["pairs"])
+        pairs = ((_decode(key, fetch), _decode(item, fetch)) for key, item in value["pairs"])
         return _MAPPINGS[tag](dict(pairs))
     if tag not in _DECODERS:
         raise ValueError(f"a state holds a value of the unknown type {tag!r}: it was written by a newer release")
     return _DECODERS[tag](value, fetch)
 
 
-def _decode_array(value: dict[str, Any], fetch: Callable[[str], Tensor]) -> Any:
-    data = bytearray(fetch(value["name"]).numpy().tobytes())
-    return np.ndarray(value["shape"], np.dtype(value["dtype"]), buffer=data)
+def _array_of(data: bytes, value: dict[str, Any], shape: list[int]) -> Any:
+    """Return a writable array over `data`, if they are of a type without pointers and as many as `shape` needs."""
+    code = value["dtype"]
+    dtype = np.dtype(code if isinstance(code, str) else "V")
+    is_shape = all(type(size) is int and size >= 0 for size in shape)
+    if dtype.kind not in _ARRAY_KINDS or not is_shape or len(data) != dtype.itemsize * math.prod(shape):
+        raise CheckpointDamaged(
+            f"a state has {len(data)} bytes for an array of dtype {code!r} and shape {shape}; expected booleans, "
+            "numbers or times, and as many bytes as they take; load another tag"
+        )
+    return np.ndarray(shape, dtype, buffer=bytearray(data))
 
 
 _DECODERS: dict[str, Callable[[dict[str, Any], Callable[[str], Tensor]], Any]] = {
     "int": lambda value, _: int(value["hex"], 16),
     "float": lambda value, _: float(value["text"]),
-    "complex": lambda value, fetch: complex(*(decode_state(part, fetch) for part in value["parts"])),
+    "complex": lambda value, fetch: complex(*(_decode(part, fetch) for part in value["parts"])),
     "bytes": lambda value, _: base64.b64decode(value["data"]),
     "stored bytes": lambda value, fetch: fetch(value["name"]).numpy().tobytes(),
-    "scalar": lambda value, _: np.ndarray((1,), np.dtype(value["dtype"]), buffer=base64.b64decode(value["data"]))[0],
-    "array": _decode_array,
+    "scalar": lambda value, _: _array_of(base64.b64decode(value["data"]), value, [1])[0],
+    "array": lambda value, fetch: _array_of(fetch(value["name"]).numpy().tobytes(), value, value["shape"]),
     "tensor": lambda value, fetch: fetch(value["name"]),
 }

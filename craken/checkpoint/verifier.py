@@ -14,7 +14,7 @@ from craken.checkpoint.blocks import at_once, begin_block, checksum_of, size_pro
 from craken.checkpoint.entry import dtype_of, memory_of
 from craken.checkpoint.errors import CheckpointDamaged
 from craken.checkpoint.index import INDEX_NAME, FileRecord, Index, TensorRecord, read_index
-from craken.checkpoint.place import OpenFile, Place, is_file, open_file, place_of
+from craken.checkpoint.place import OpenFile, Place, is_file, open_file, place_of, reading_ahead
 from craken.checkpoint.read_plan import plan_reads
 
 
@@ -31,7 +31,7 @@ def verify(path: str | os.PathLike[str]) -> list[Damage]:
 
     Holds one block in memory. FileNotFoundError when there is no such folder; ValueError for a newer format.
     """
-    folder = place_of(path)
+    folder = reading_ahead(place_of(path))
     if isinstance(folder, Path) and not folder.is_dir():
         raise FileNotFoundError(f"checkpoint folder {folder} does not exist")
     try:
@@ -59,7 +59,7 @@ def _file_damage(folder: Place, file: FileRecord) -> Iterator[Damage]:
 
 
 def _block_damage(folder: Place, file: FileRecord, index: Index) -> Iterator[Damage]:
-    scratch = memory_of(torch.empty(index.block_bytes, dtype=torch.uint8, device="cpu"))
+    scratch = memory_of(torch.empty(min(index.block_bytes, file.num_bytes), dtype=torch.uint8, device="cpu"))
     with closing(open_file(folder / file.name)) as stream:
         for record in index.tensors.values():
             yield from _tensor_damage(folder, stream, _part_in(file, record), scratch, index.block_bytes)

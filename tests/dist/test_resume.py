@@ -228,3 +228,19 @@ def test_what_cannot_be_loaded_is_named(run_ranks, tmp_path) -> None:
     assert "global_step77" in missing
     assert "global_step0" in missing
     assert "does not fit this model: it lacks bias, weight; it has besides first.bias" in misfit
+
+
+def numbered(folder: str) -> None:
+    engine, _, loader, _ = start(1, "fp32", seed=0)
+    train(engine, iter(loader), 1)
+    for tag in (5, 0):
+        assert engine.save_checkpoint(folder, tag=tag)
+    path, _ = engine.load_checkpoint(folder, tag=5)
+    assert path == str(Path(folder) / "5")
+    engine.destroy()
+
+
+def test_a_tag_may_be_a_number_zero_included(run_ranks, tmp_path) -> None:
+    run_ranks(numbered, 2, str(tmp_path))
+    assert (tmp_path / "latest").read_text() == "0\n"
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["0", "5"]

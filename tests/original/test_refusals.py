@@ -163,6 +163,12 @@ def test_what_exists_and_what_is_ours_is_left_alone(tmp_path) -> None:
     with pytest.raises(FileExistsError, match="exists, nothing is overwritten"):
         import_original(folder, folder)
     refused(out, ValueError, "is a checkpoint of ours already")
+    (out / "latest").unlink()
+    refused(out, ValueError, f"holds checkpoints of ours already ({TAG})")
+    out.rename(tmp_path / "checkpoints")  # as `craken train` leaves them in its folder
+    (tmp_path / "checkpoints" / "latest").write_text(TAG)
+    with pytest.raises(ValueError, match=rf"holds checkpoints of ours already \({TAG}\)"):
+        import_original(tmp_path, tmp_path / "new")
 
 
 class _Runs:

@@ -9,8 +9,9 @@ import torch
 from safetensors.torch import load_file
 
 from craken import cli
-from craken.checkpoint import export_command
+from craken.checkpoint import export_command, fp32
 from tests.unit.checkpoint.models import save_model, two_layers, write_json
+from tests.unit.checkpoint.ranks import flip
 
 
 def test_a_checkpoint_is_exported_and_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -55,6 +56,28 @@ def test_what_cannot_be_done_is_one_line(tmp_path: Path, capsys: pytest.CaptureF
     with pytest.raises(SystemExit):
         cli.main(["export", saved, str(tmp_path / "out"), "--max-shard-size", "many"])
     assert "expected a size such as 5GB" in capsys.readouterr().err
+
+
+def test_damage_is_exit_code_one_as_in_inspect(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = save_model(tmp_path / "saved", two_layers())
+    flip(path / "rank-00001.safetensors", 4096)
+    for command in (["inspect", "--verify"], ["export"]):
+        words = [command[0], str(path), *([str(tmp_path / "out")] if command[0] == "export" else command[1:])]
+        assert cli.main(words) == 1, words
+    assert "rank-00001.safetensors: weight of embed.weight, bytes" in capsys.readouterr().err
+    assert fp32.main([str(path), str(tmp_path / "out")]) == 1
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_an_interrupted_run_is_to_be_finished_for_its_configuration(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_model(tmp_path / "run" / "checkpoints", two_layers())
+    write_json(tmp_path / "run" / "run.json", {})
+    assert cli.main(["export", str(tmp_path / "run"), str(tmp_path / "out")]) == 0
+    told = capsys.readouterr().err
+    assert "no config.json was found" in told
+    assert f"finish the run, which writes one (craken train --resume {tmp_path / 'run'}), or give --model-files" in told
 
 
 def test_a_terminal_sees_progress(tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:

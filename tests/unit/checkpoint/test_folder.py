@@ -56,6 +56,31 @@ def test_an_empty_folder_with_the_name_is_taken_over(tmp_path: Path, way: str) -
     assert find(tmp_path, "a") == ("a", tmp_path / "a")
 
 
+@pytest.mark.parametrize("can_link", [True, False])
+def test_what_others_put_into_a_checkpoint_stays_when_it_is_replaced(
+    tmp_path: Path, way: str, can_link: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*words: object, **options: object) -> None:
+        raise OSError("no second names here")
+
+    if not can_link:
+        monkeypatch.setattr(os, "link", refuse)
+    put(tmp_path, "a", "1")
+    old = tmp_path / "a"
+    (old / "rank-00007.safetensors").write_text("of a rank that is no more")
+    (old / "notes.txt").write_text("mine")
+    (old / "plots" / "loss").mkdir(parents=True)
+    (old / "plots" / "loss" / "1.csv").write_text("2.5")
+    (old / "link").symlink_to("nowhere")
+    for content in ("2", "3"):
+        put(tmp_path, "a", content)
+        assert names(tmp_path / "a") == ["index.json", "link", "notes.txt", "plots"]
+        assert [(old / name).read_text() for name in ("notes.txt", "plots/loss/1.csv")] == ["mine", "2.5"]
+        assert (old / "link").readlink() == Path("nowhere")
+        assert (old / "index.json").read_text() == content
+    assert names(tmp_path) == ["a"]
+
+
 def test_a_folder_that_is_no_checkpoint_is_never_replaced(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "thesis.txt").write_text("years of work")

@@ -56,21 +56,65 @@ def test_what_is_no_index_is_named(tmp_path: Path, text: str) -> None:
         read_index(tmp_path)
 
 
+def piece(body: dict[str, Any], rank: int = 1) -> dict[str, Any]:
+    """The one that `rank` wrote."""
+    return body["tensors"][0]["pieces"][1 - rank]
+
+
 @pytest.mark.parametrize(
-    "change",
+    ("change", "named"),
     [
-        lambda body: body.pop("tensors"),
-        lambda body: body["files"][0].update(name="../secret"),
-        lambda body: body["tensors"][0]["pieces"][0].update(file="/etc/passwd"),
-        lambda body: body["tensors"][0].update(dtype="F12"),
-        lambda body: body["tensors"][0].pop("shape"),
+        (lambda body: body.pop("tensors"), "'tensors'"),
+        (lambda body: body["tensors"][0].pop("shape"), "'shape'"),
+        (lambda body: body.update(block_bytes=0), "a positive world_size and block_bytes"),
+        (lambda body: body.update(world_size=0), "a positive world_size and block_bytes"),
+        (lambda body: body.update(shared_state=[]), "a shared_state that is an object"),
+        (lambda body: body["files"][0].update(name="../secret"), "file names without a folder.*'../secret'"),
+        (lambda body: body["files"][0].update(name=".."), r"file names without a folder.*'\.\.'"),
+        (lambda body: body["files"][0].update(name=""), "file names without a folder.*''"),
+        (lambda body: body["files"].append(body["files"][0]), "each once, got 'rank-0.safetensors'"),
+        (lambda body: body["files"][1].update(data_start=6000), "rank-1.safetensors: .* got 6000 of 5000"),
+        (lambda body: body["tensors"].append(body["tensors"][0]), "param of w is there twice"),
+        (lambda body: body["tensors"][0].update(dtype="F12"), "'F12'"),
+        (lambda body: body["tensors"][0].update(shape="23"), r"param of w: .*shape \('2', '3'\)"),
+        (lambda body: body["tensors"][0].update(shape=[7]), r"param of w: the pieces hold 6 elements, .*has 7"),
+        (lambda body: body["tensors"][0]["pieces"].pop(), "param of w: the pieces hold 2 elements, .*has 6"),
+        (lambda body: body["tensors"][0]["pieces"].pop(0), "rank-0.safetensors: .*param of w begins at element 2, exp"),
+        (lambda body: body["tensors"][0]["pieces"].reverse(), "param of w begins at element 2, expected 0"),
+        (
+            lambda body: body["tensors"][0]["pieces"].insert(0, piece(body)),
+            "param of w begins at element 0, expected 2",
+        ),
+        (lambda body: piece(body).update(file="/etc/passwd"), "/etc/passwd: .*that the index does not list"),
+        (lambda body: piece(body).update(end=4100), r"rank-1.safetensors: .*param of w has bytes \[4096, 4100\).* 8 "),
+        (lambda body: piece(body).update(start=4088, end=4096), "expected 8 between 4096 and 5000 for its 2 elements"),
+        (lambda body: piece(body).update(start=4996, end=5004), "expected 8 between 4096 and 5000 for its 2 elements"),
+        (lambda body: piece(body).update(start=4096.0), "param of w has numbers that are no counts: 4096.0"),
+        (lambda body: piece(body).update(offset=-2), "param of w has numbers that are no counts"),
+        (lambda body: piece(body).update(blocks=[]), "param of w has 0 checksums, expected 1 for 8 bytes"),
+        (lambda body: piece(body, 0).update(blocks=["aa"]), "param of w has 1 checksums, expected 2 for 16 bytes"),
     ],
 )
-def test_a_signed_index_that_makes_no_sense_is_refused(tmp_path: Path, change: Any) -> None:
+def test_a_signed_index_that_makes_no_sense_is_refused_by_name(tmp_path: Path, change: Any, named: str) -> None:
     body = json.loads(index_to_text(an_index()))["body"]
     change(body)
     text = json.dumps(body)
     head = json.dumps({"format": "craken-checkpoint", "version": 1, "checksum": index_module._checksum(text)})
     (tmp_path / "index.json").write_text(f'{head[:-1]}, "body": {text}}}\n')
-    with pytest.raises(CheckpointDamaged, match="not a well-formed index"):
+    with pytest.raises(CheckpointDamaged, match=f"not a well-formed index.*: .*{named}"):
         read_index(tmp_path)
+
+
+def test_an_index_of_many_pieces_a_tensor_is_built_in_one_sorting_each() -> None:
+    entries = [Entry("param", "w", (8192,), "F32", i, 1) for i in range(8192)]
+    sortings: list[int] = []
+
+    class Offset(int):
+        def __lt__(self, other: int) -> bool:
+            sortings.append(1)
+            return int(self) < int(other)
+
+    pieces = [(entry, PieceRecord("f", 0, 4, Offset(entry.offset), 1, ("aa",))) for entry in entries]
+    written = [WrittenFile(FileRecord("f", 5000, 4096, "00"), pieces)]
+    build_index(written, entries, block_bytes=8, shared_state={})
+    assert len(sortings) <= 8192

@@ -27,6 +27,17 @@ def test_a_save_leaves_a_script_that_writes_the_weights(tmp_path: Path) -> None:
     assert os.access(folder / SCRIPT_NAME, os.X_OK)
 
 
+def test_a_python_without_the_package_is_told_in_a_sentence(tmp_path: Path) -> None:
+    leave_script(tmp_path)
+    words = [sys.executable, "-I", "-S", SCRIPT_NAME, ".", "out"]  # sees the standard library alone
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == (
+        f"No module named 'craken' for {sys.executable}: run zero_to_fp32.py with the Python of an environment that "
+        "has craken\n"
+    )
+
+
 def test_a_script_of_another_release_is_renewed_and_a_current_one_left(tmp_path: Path) -> None:
     (tmp_path / SCRIPT_NAME).write_text("old")
     leave_script(tmp_path)

@@ -73,20 +73,47 @@ def test_two_ranks_save_to_a_url_and_any_range_is_read_back(url: str) -> None:
     assert verify(f"{url}/global_step3") == []
 
 
-def test_only_the_bytes_needed_are_fetched(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("shard_file", "saver"):
-        monkeypatch.setattr(f"craken.checkpoint.{module}.BLOCK_BYTES", 64)
-    save_one(url, "a", {"w": numbers(160)})
-    reader, real, fetched = Reader(url), type(STORE).cat_file, []
+@pytest.fixture
+def fetched(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The bytes of each request for a part of a file."""
+    sizes, real = [], type(STORE).cat_file
 
     def count(store: Any, path: str, start: int | None = None, end: int | None = None, **options: Any) -> bytes:
         data = real(store, path, start, end, **options)
-        fetched.append(len(data))
+        if start is not None:
+            sizes.append(len(data))
         return data
 
     monkeypatch.setattr(type(STORE), "cat_file", count)
-    reader.read("param", ShardSpec("w", (160,), 30, 20), torch.empty(20))
-    assert sum(fetched) == 3 * 64
+    return sizes
+
+
+def test_only_the_bytes_needed_are_fetched(url: str, monkeypatch: pytest.MonkeyPatch, fetched: list[int]) -> None:
+    for module in ("shard_file", "saver"):
+        monkeypatch.setattr(f"craken.checkpoint.{module}.BLOCK_BYTES", 64)
+    monkeypatch.setattr("craken.checkpoint.read_ahead.WINDOW_BYTES", 64)  # a block is more than a small range of that
+    save_one(url, "a", {"w": numbers(160)})
+    Reader(url).read("param", ShardSpec("w", (160,), 30, 20), torch.empty(20))
+    assert fetched == [64] * 3
+
+
+def test_small_tensors_come_by_the_window(url: str, fetched: list[int]) -> None:
+    weights, others = ({f"layer{i}": numbers(16, seed=i) for i in range(500 * k, 500 * (k + 1))} for k in (0, 1))
+    large = numbers(300_000)
+    brought = [Brought([whole("param", name, tensor) for name, tensor in part.items()]) for part in (weights, others)]
+    brought[0].pieces.append(whole("param", "large", large))
+    brought[0].shared_state = {"steps": {name: torch.tensor(float(i)) for i, name in enumerate(weights)}}
+    save_on_ranks(url, "a", brought)
+    reader = Reader(url)
+    for pair in zip(weights, others, strict=True):  # from two files by turns
+        for name in pair:
+            assert torch.equal(reader.read_full("param", name), (weights | others)[name])
+    assert reader.shared_state["steps"]["layer499"] == 499
+    assert torch.equal(reader.read_full("param", "large"), large)
+    assert len(fetched) <= 6, "1,500 small tensors in two files"
+    del fetched[:]
+    assert verify(f"{url}/a") == []
+    assert len(fetched) <= 6
 
 
 def test_saving_again_under_a_tag_replaces_it_and_leaves_nothing(url: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -70,6 +71,37 @@ def test_a_damaged_one_takes_no_place_and_goes_when_it_is_old(tmp_path: Path, ho
     save_one(tmp_path, "e", W, keep_last=2)
     save_one(tmp_path, "f", W, keep_last=2)
     assert newest_first(tmp_path) == ["f", "e"]
+
+
+@pytest.mark.parametrize("moment", ["find", "delete_tag"])
+def test_what_another_process_deletes_meanwhile_is_skipped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    for tag in ("a", "b", "c"):
+        save_one(tmp_path, tag, W)
+    real = getattr(folders, moment)
+
+    def gone(*words: Any) -> Any:
+        if words[-1] in ("a", tmp_path / "a"):
+            shutil.rmtree(tmp_path / "a", ignore_errors=True)
+        return real(*words)
+
+    monkeypatch.setattr(folders, moment, gone)
+    assert save_one(tmp_path, "d", W, keep_last=3) == tmp_path / "d"
+    assert newest_first(tmp_path) == ["d", "c", "b"]
+    assert not caplog.records
+
+
+def test_a_folder_that_cannot_be_listed_any_more_is_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(folder: Path) -> list[str]:
+        raise PermissionError("permission denied")
+
+    monkeypatch.setattr("craken.checkpoint.retention.newest_first", refuse)
+    save_one(tmp_path, "a", W, keep_last=1)
+    assert Reader(tmp_path).tag == "a"
+    assert f"cannot look for old checkpoints in {tmp_path} (permission denied)" in caplog.text
 
 
 def test_what_latest_names_stays(tmp_path: Path) -> None:

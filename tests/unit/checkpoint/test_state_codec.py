@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import enum
+import functools
 import json
 import math
 import random
@@ -15,6 +17,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from craken.checkpoint.errors import CheckpointDamaged
 from craken.checkpoint.state_codec import decode_state, encode_state
 
 
@@ -122,6 +125,30 @@ def test_a_state_that_contains_itself_is_refused() -> None:
 def test_the_same_value_twice_is_no_cycle() -> None:
     shared = [1]
     assert round_trip({"a": shared, "b": shared}) == {"a": [1], "b": [1]}
+
+
+def scalar(dtype: Any, num_bytes: int) -> dict[str, Any]:
+    return {"$": "scalar", "dtype": dtype, "data": base64.b64encode(b"A" * num_bytes).decode()}
+
+
+def array(dtype: Any, shape: Any) -> dict[str, Any]:
+    return {"$": "array", "dtype": dtype, "shape": shape, "name": "16 bytes"}
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        scalar("O", 8), scalar("O,i4", 12), scalar("(2,)O", 16), scalar(["O"], 8), scalar("V8", 8), scalar("S8", 8),
+        scalar("<f4", 3), scalar("<f4", 8), scalar("<f4", 0), scalar(None, 8), array("O", [2]), array("<f8", [3]),
+        array("<f8", [1]), array("<f8", [-1, -2]), array("<f8", [2.0]), array("<f8", 2), {"$": "array", "dtype": "<f8"},
+        {"$": "dict", "pairs": 3}, {"$": "tuple"}, {"$": "set", "items": [[]]}, {"$": ["tuple"]},
+        {"$": "int", "hex": 1},
+        functools.reduce(lambda inner, _: [inner], range(5000), 0),
+    ],
+)  # fmt: skip
+def test_what_was_never_encoded_is_damage(value: Any) -> None:
+    with pytest.raises(CheckpointDamaged, match="a state "):
+        decode_state({"key": value}, lambda name: torch.zeros(16, dtype=torch.uint8))
 
 
 LEAVES = st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.binary() | st.complex_numbers()
