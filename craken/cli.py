@@ -38,7 +38,7 @@ def ds_report(argv: Sequence[str] | None = None) -> int:
 
 def zero_to_fp32(argv: Sequence[str] | None = None) -> int:
     """Run the `zero_to_fp32` script, which every checkpoint folder holds a copy of."""
-    from craken.checkpoint.fp32 import main as convert
+    from craken.checkpoint.export.fp32 import main as convert
 
     return convert(argv)
 
@@ -81,7 +81,7 @@ def _io(words: Sequence[str]) -> int:
 
 
 def _export(words: Sequence[str]) -> int:
-    from craken.checkpoint.export_command import main as export
+    from craken.checkpoint.export.command import main as export
 
     return export(words, _linear_layers)
 
@@ -99,7 +99,7 @@ def _inspect(words: Sequence[str]) -> int:
 
 
 def _import(words: Sequence[str]) -> int:
-    from craken.checkpoint.import_command import main as import_checkpoint
+    from craken.checkpoint.original.command import main as import_checkpoint
 
     return import_checkpoint(words)
 

@@ -13,7 +13,7 @@ _TEXT = '''#!/usr/bin/env python3
 import sys
 
 try:
-    from craken.checkpoint.fp32 import (  # noqa: F401 - users import them from here too
+    from craken.checkpoint.export.fp32 import (  # noqa: F401 - users import them from here too
         convert_zero_checkpoint_to_fp32_state_dict,
         get_fp32_state_dict_from_zero_checkpoint,
         load_state_dict_from_zero_checkpoint,

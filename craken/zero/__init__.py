@@ -1,19 +1,8 @@
 """The sharding engine: one set of verbs, a ZeRO stage is a row of a table."""
 
-from craken.zero.access import (
-    GatheredParameters,
-    external_parameters,
-    register_external_parameter,
-    take_out,
-    unregister_external_parameter,
-)
-from craken.zero.attributes import register, register_whole, whole_shape
-from craken.zero.autograd import is_in_backward, tensors_in
-from craken.zero.binding import Binding
-from craken.zero.build import LiveBudget, ShardedLayers, ShardingPlan, is_castable, shard_model
-from craken.zero.construct import Init, paused
-from craken.zero.facade import ShardedOptimizer
-from craken.zero.full_access import (
+from craken.zero.access.attributes import register, register_whole, whole_shape
+from craken.zero.access.facade import ShardedOptimizer
+from craken.zero.access.full_access import (
     hold_states,
     release_states,
     safe_get_full_fp32_param,
@@ -29,12 +18,33 @@ from craken.zero.full_access import (
     safe_set_local_grad,
     safe_set_local_optimizer_state,
 )
+from craken.zero.access.gathered import (
+    GatheredParameters,
+    external_parameters,
+    register_external_parameter,
+    take_out,
+    unregister_external_parameter,
+)
+from craken.zero.access.offload_names import ParameterOffload
+from craken.zero.autograd import is_in_backward, tensors_in
+from craken.zero.binding import Binding
+from craken.zero.building.construct import Init, paused
+from craken.zero.building.groups import LiveBudget, ShardedLayers, ShardingPlan, is_castable, shard_model
+from craken.zero.building.on_device import OnDevice
+from craken.zero.building.tiling import TiledLinear
 from craken.zero.group import ShardGroup
-from craken.zero.grouping import CPU_GROUP_BYTES, CUDA_GROUP_BYTES, Budget
-from craken.zero.heap import GrowthTrimmer, keep_freed_memory, return_freed_memory, returning_freed_memory
 from craken.zero.hooks import watch_gradients, watch_loading, watch_outputs, watch_reads, watch_units
-from craken.zero.layout import Cut
-from craken.zero.leaves import (
+from craken.zero.ledger import bytes_by_place
+from craken.zero.lifecycle import Lifecycle, Removable
+from craken.zero.memory.heap import GrowthTrimmer, keep_freed_memory, return_freed_memory, returning_freed_memory
+from craken.zero.memory.link import Link
+from craken.zero.memory.placement import HostShare, Place, Placement
+from craken.zero.memory.room import mapped_bytes
+from craken.zero.memory.shelf import DiskSettings, Kind, Shelf
+from craken.zero.optimizer import ShardedStep, Stepping, StepResult
+from craken.zero.plans.grouping import CPU_GROUP_BYTES, CUDA_GROUP_BYTES, Budget
+from craken.zero.plans.layout import Cut
+from craken.zero.plans.leaves import (
     get_z3_leaf_modules,
     mark_leaves,
     set_z3_leaf_module,
@@ -45,23 +55,13 @@ from craken.zero.leaves import (
     z3_leaf_module,
     z3_leaf_parameter,
 )
-from craken.zero.ledger import bytes_by_place
-from craken.zero.lifecycle import Lifecycle, Removable
-from craken.zero.link import Link
-from craken.zero.offload_names import ParameterOffload
-from craken.zero.on_device import OnDevice
-from craken.zero.optimizer import ShardedStep, Stepping, StepResult
-from craken.zero.placement import HostShare, Place, Placement
-from craken.zero.policy import Keep, Policy, policy_for_stage
+from craken.zero.plans.policy import Keep, Policy, policy_for_stage
+from craken.zero.plans.units import whole_numel
 from craken.zero.reducer import GradientReducer, Occasion
 from craken.zero.residence import Ceilings, Residence
-from craken.zero.room import mapped_bytes
 from craken.zero.rules import GroupRules, Replication, Sources, Wire
-from craken.zero.shelf import DiskSettings, Kind, Shelf
 from craken.zero.swapping import StateSwap, SwapSettings
-from craken.zero.tiling import TiledLinear
 from craken.zero.unfinished import can_load, gradient_state, load_gradient_state
-from craken.zero.units import whole_numel
 from craken.zero.weights import ZeroParamStatus
 
 __all__ = [

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from craken.zero.layout import GroupLayout, Slot
+from craken.zero.plans.layout import GroupLayout, Slot
 
 
 def own_part(flat: Tensor, layout: GroupLayout, rank: int) -> Tensor:

@@ -24,10 +24,10 @@ from torch import Tensor
 from craken.comm import Pending, start_sum
 from craken.zero.flat import own_part, slot_views, zero_gaps
 from craken.zero.host_sum import HostSum
-from craken.zero.layout import GroupLayout
+from craken.zero.memory.placement import Place
+from craken.zero.memory.room import Room, room_for
 from craken.zero.norms import piece_norms
-from craken.zero.placement import Place
-from craken.zero.room import Room, room_for
+from craken.zero.plans.layout import GroupLayout
 from craken.zero.rules import GroupRules, Wire
 
 

@@ -24,11 +24,11 @@ from craken.precision import master_dtype
 from craken.spec import ShardSpec
 from craken.zero.flat import own_part, slot_view, zero_gaps
 from craken.zero.gradients import GroupGradients
-from craken.zero.layout import Cut, Fragment, lay_out
-from craken.zero.placement import Place
-from craken.zero.policy import Keep
+from craken.zero.memory.placement import Place
+from craken.zero.memory.shelf import Kind, Resting
+from craken.zero.plans.layout import Cut, Fragment, lay_out
+from craken.zero.plans.policy import Keep
 from craken.zero.rules import GroupRules, Wire
-from craken.zero.shelf import Kind, Resting
 from craken.zero.weights import ShardedWeights
 
 

@@ -16,8 +16,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 from craken.zero.autograd import tensors_in
 from craken.zero.group import ShardGroup
 from craken.zero.lifecycle import Lifecycle, Removable
+from craken.zero.plans.units import Unit
 from craken.zero.reducer import GradientReducer
-from craken.zero.units import Unit
 
 _watched: WeakIdKeyDictionary = WeakIdKeyDictionary()  # parameter -> the handle of the hook that takes its gradients
 

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from craken.zero.link import Arrival, Link
+from craken.zero.memory.link import Arrival, Link
 from craken.zero.norms import piece_norms
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from craken.zero.binding import Binding
 from craken.zero.group import ShardGroup
-from craken.zero.placement import Place
+from craken.zero.memory.placement import Place
 from craken.zero.state import tensor_states
 
 

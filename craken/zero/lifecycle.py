@@ -31,9 +31,9 @@ from torch.autograd.graph import register_multi_grad_hook
 from craken.zero.autograd import is_in_backward, map_tensors, tensors_in
 from craken.zero.group import ShardGroup
 from craken.zero.passages import Passage, Uses
+from craken.zero.plans.units import Unit
 from craken.zero.reducer import GradientReducer
 from craken.zero.residence import BACKWARD, UNTIL_STEP, Residence
-from craken.zero.units import Unit
 
 
 class Removable(Protocol):

@@ -23,9 +23,9 @@ from torch import Tensor, nn
 
 from craken.comm import Waitable, all_reduce_sum, phase
 from craken.zero.binding import Binding
-from craken.zero.chunks import Share, plan_chunks
 from craken.zero.group import MasterFragment, ShardGroup
 from craken.zero.norms import sum_of_squares
+from craken.zero.plans.chunks import Share, plan_chunks
 from craken.zero.reducer import GradientReducer
 from craken.zero.swapping import StateSwap
 

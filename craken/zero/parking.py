@@ -14,7 +14,7 @@ from torch import Tensor
 
 from craken.zero.binding import Binding
 from craken.zero.group import ShardGroup
-from craken.zero.link import Link
+from craken.zero.memory.link import Link
 from craken.zero.state import tensor_states
 
 OPTIMIZER_STATES, MASTERS, WEIGHTS, GRADIENTS = "optim_states", "hp_params", "lp_params", "lp_grads"

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from craken.zero.group import ShardGroup
-from craken.zero.units import Unit
+from craken.zero.plans.units import Unit
 
 
 class Use:

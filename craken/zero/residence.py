@@ -21,8 +21,8 @@ from dataclasses import dataclass
 
 from craken.comm import phase
 from craken.zero.group import ShardGroup
-from craken.zero.order import GatherOrder
-from craken.zero.room import IdlePages
+from craken.zero.memory.room import IdlePages
+from craken.zero.plans.order import GatherOrder
 from craken.zero.weights import ShardedWeights
 
 FETCHED_AHEAD = 8  # groups; as many as there are buffers for

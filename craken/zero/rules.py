@@ -8,10 +8,10 @@ import torch
 
 from craken.comm import Channel, MeshAxis, Transport
 from craken.precision import Precision
-from craken.zero.layout import Cut
-from craken.zero.placement import ON_DEVICE, Placement
-from craken.zero.policy import Keep, Policy
-from craken.zero.shelf import Shelf
+from craken.zero.memory.placement import ON_DEVICE, Placement
+from craken.zero.memory.shelf import Shelf
+from craken.zero.plans.layout import Cut
+from craken.zero.plans.policy import Keep, Policy
 
 
 @dataclass(frozen=True)

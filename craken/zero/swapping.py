@@ -19,11 +19,11 @@ from torch import Tensor
 
 from craken.disk import SwapFile, Ticket, round_up
 from craken.zero.binding import Binding
-from craken.zero.courier import Courier
 from craken.zero.group import MasterFragment, ShardGroup
-from craken.zero.heap import returning_freed_memory
-from craken.zero.placement import Place
-from craken.zero.shelf import Resting
+from craken.zero.memory.courier import Courier
+from craken.zero.memory.heap import returning_freed_memory
+from craken.zero.memory.placement import Place
+from craken.zero.memory.shelf import Resting
 from craken.zero.state import empty_state, tensor_states
 
 _MASTER = "master"

@@ -28,11 +28,11 @@ from torch import Tensor, nn
 from craken.comm import MeshAxis, Pending, Waitable
 from craken.disk import Ticket
 from craken.zero.flat import check_has_memory, own_part
-from craken.zero.layout import GroupLayout
-from craken.zero.link import Arrival
-from craken.zero.room import Room, room_for
+from craken.zero.memory.link import Arrival
+from craken.zero.memory.room import Room, room_for
+from craken.zero.memory.shelf import Resting
+from craken.zero.plans.layout import GroupLayout
 from craken.zero.rules import Sources, Wire
-from craken.zero.shelf import Resting
 
 
 class ZeroParamStatus(Enum):

@@ -7,4 +7,4 @@ from craken import register_external_parameter as register_external_parameter
 from craken import unregister_external_parameter as unregister_external_parameter
 from craken.zero import TiledLinear as TiledLinear
 from craken.zero import ZeroParamStatus as ZeroParamStatus
-from craken.zero.construct import DeepSpeedTensorOverride as DeepSpeedTensorOverride
+from craken.zero.building.construct import DeepSpeedTensorOverride as DeepSpeedTensorOverride

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 from craken import cli
-from craken.checkpoint.fp32 import get_fp32_state_dict_from_zero_checkpoint
+from craken.checkpoint.export.fp32 import get_fp32_state_dict_from_zero_checkpoint
 from tests.parity.case import Case
 from tests.parity.model import Traits, batch, tiny_gpt
 

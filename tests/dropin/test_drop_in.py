@@ -87,8 +87,8 @@ assert deepspeed.runtime.lr_schedules.VALID_LR_SCHEDULES == [
 assert deepspeed.runtime.engine.DeepSpeedEngine is deepspeed.DeepSpeedEngine
 assert deepspeed.ops.adam.FusedAdam and deepspeed.comm.is_initialized() is False
 assert deepspeed.launcher.runner.DEEPSPEED_ENVIRONMENT_NAME == ".deepspeed_env"
-import craken.zero.construct, deepspeed.runtime.zero.partition_parameters as pp
-assert pp is craken.zero.construct is deepspeed.runtime.zero.partition_parameters
+import craken.zero.building.construct, deepspeed.runtime.zero.partition_parameters as pp
+assert pp is craken.zero.building.construct is deepspeed.runtime.zero.partition_parameters
 assert isinstance(deepspeed.DeepSpeedConfig({"train_batch_size": 2}).train_batch_size, int)
 """
     _from_tree(code)

@@ -15,8 +15,8 @@ import torch
 
 from craken import cli
 from craken.checkpoint import CheckpointDamaged, CheckpointNotFound, Reader, original_contents
-from craken.checkpoint.importing import import_original
-from craken.checkpoint.original_files import read_original
+from craken.checkpoint.original.files import read_original
+from craken.checkpoint.original.importing import import_original
 from craken.engine import saving
 from craken.zero import state as zero_state
 from tests.original.test_resume import names_of, unpack

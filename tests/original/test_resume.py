@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from craken.checkpoint import Reader, verify
-from craken.checkpoint.importing import import_original
+from craken.checkpoint.original.importing import import_original
 from tests.original.cases import CASES, SAVED_AT, STEPS_AFTER, Model, config_of, groups_of, scheduler_of, train
 
 FILES = Path(__file__).parent / "files"

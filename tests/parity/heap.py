@@ -7,7 +7,7 @@ import gc
 
 def can_count() -> bool:
     """Say whether this C library tells (glibc from 2.33)."""
-    from craken.zero.heap import heap_figures
+    from craken.zero.memory.heap import heap_figures
 
     return heap_figures() is not None
 
@@ -22,7 +22,7 @@ def bytes_in_use() -> int:
 def bytes_now() -> int:
     """Return the bytes in use: in the heap, in blocks mapped apart, in rooms."""
     from craken.zero import mapped_bytes
-    from craken.zero.heap import heap_figures
+    from craken.zero.memory.heap import heap_figures
 
     figures = heap_figures()
     return int(figures.uordblks + figures.hblkhd) + mapped_bytes()

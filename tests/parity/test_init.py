@@ -97,7 +97,7 @@ def test_a_model_built_as_shards_trains_as_one_built_whole(run_ranks, stage) -> 
 
 def dtypes() -> None:
     from craken.zero import GatheredParameters, Init
-    from craken.zero.construct import DeepSpeedTensorOverride as TensorOverride
+    from craken.zero.building.construct import DeepSpeedTensorOverride as TensorOverride
 
     with Init(config_dict_or_path={**STAGE3, "bf16": {"enabled": True}}):
         model = seeded(Tied)

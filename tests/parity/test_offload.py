@@ -358,7 +358,7 @@ def full_disk_on_one_rank(folder: str) -> str:
 
 def wanted_and_taken(dtype: str, states: str, weights: str, folder: str) -> tuple[int, int]:
     """Return the bytes that this host's ranks were said to want, and those that they hold in files."""
-    from craken.zero import shelf
+    from craken.zero.memory import shelf
 
     with mock.patch.object(shelf, "Swap", side_effect=shelf.Swap) as made:
         ledger = held(3, states, weights, dtype, folder)

@@ -79,7 +79,7 @@ class Seen:
 @contextlib.contextmanager
 def no_memory_remembers() -> Iterator[None]:
     """Have memory that is taken again hold nothing of what lay there before."""
-    from craken.zero.room import room_for
+    from craken.zero.memory.room import room_for
 
     kind: Any = type(room_for(64, torch.float32, torch.device("cpu")))
     take = kind.take

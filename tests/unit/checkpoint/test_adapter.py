@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from craken.checkpoint import adapter as adapters
 from craken.checkpoint import lazy
+from craken.checkpoint.export import adapter as adapters
 from craken.checkpoint.lazy import of_tensor
 from tests.unit.checkpoint.models import Tensors, two_layers, write_json
 from tests.unit.checkpoint.ranks import numbers

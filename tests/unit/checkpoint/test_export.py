@@ -13,9 +13,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from craken.checkpoint import export as exports
 from craken.checkpoint import lazy
-from craken.checkpoint.export import Changes, plan_export, write_export
+from craken.checkpoint.export import write as exports
+from craken.checkpoint.export.write import Changes, plan_export, write_export
 from craken.checkpoint.lazy import LazyTensor
 from tests.unit.checkpoint.models import Tensors, same, save_model, two_layers, write_json
 from tests.unit.checkpoint.ranks import numbers

@@ -15,7 +15,7 @@ from torch import nn
 
 from craken import cli
 from craken.checkpoint import CheckpointNotFound, fp32
-from craken.checkpoint.fp32 import (
+from craken.checkpoint.export.fp32 import (
     convert_zero_checkpoint_to_fp32_state_dict,
     get_fp32_state_dict_from_zero_checkpoint,
     load_state_dict_from_zero_checkpoint,

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from craken.checkpoint.model_files import find, pass_on, read_config
+from craken.checkpoint.export.model_files import find, pass_on, read_config
 from tests.unit.checkpoint.models import write_json
 
 

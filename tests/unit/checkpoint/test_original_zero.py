@@ -5,8 +5,8 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from craken.checkpoint.original_contents import Slot
-from craken.checkpoint.original_zero import cut_by_parameter, cut_end_to_end
+from craken.checkpoint.original.contents import Slot
+from craken.checkpoint.original.zero import cut_by_parameter, cut_end_to_end
 
 
 def test_tensors_end_to_end_cross_the_borders_of_parts() -> None:

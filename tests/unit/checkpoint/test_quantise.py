@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from craken.checkpoint import lazy
+from craken.checkpoint.export.quantise import BLOCK_NUMEL, quantise
 from craken.checkpoint.lazy import of_tensor
-from craken.checkpoint.quantise import BLOCK_NUMEL, quantise
 from tests.unit.checkpoint.models import Tensors, two_layers
 from tests.unit.checkpoint.ranks import numbers
 

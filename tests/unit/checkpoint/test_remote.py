@@ -12,11 +12,11 @@ import torch
 from safetensors.torch import load_file
 
 from craken.checkpoint import CheckpointDamaged, CheckpointNotFound, Reader, list_tags, newest_whole, verify
-from craken.checkpoint.export_command import main as export
-from craken.checkpoint.fp32 import get_fp32_state_dict_from_zero_checkpoint
-from craken.checkpoint.fp32 import main as convert
-from craken.checkpoint.import_command import main as import_checkpoint
+from craken.checkpoint.export.command import main as export
+from craken.checkpoint.export.fp32 import get_fp32_state_dict_from_zero_checkpoint
+from craken.checkpoint.export.fp32 import main as convert
 from craken.checkpoint.inspect_command import main as inspect
+from craken.checkpoint.original.command import main as import_checkpoint
 from craken.checkpoint.place import Url, place_of
 from craken.spec import ShardSpec
 from craken.train.command import main as train

@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, safe_open, save_file
 
+from craken.checkpoint.export.weight_files import parse_size, read_model, shard_names, split, write_model
 from craken.checkpoint.lazy import of_tensor
-from craken.checkpoint.weight_files import parse_size, read_model, shard_names, split, write_model
 from tests.unit.checkpoint.models import same, two_layers
 from tests.unit.checkpoint.ranks import numbers
 

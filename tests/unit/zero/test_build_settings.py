@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from craken.zero import Keep, Place, build_settings
-from craken.zero.build_settings import BuildSettings, say_what_has_no_effect
-from craken.zero.policy import policy_for_stage
+from craken.zero.building.settings import BuildSettings, say_what_has_no_effect
+from craken.zero.plans.policy import policy_for_stage
 
 
 def settings_from(config: Any, pin_memory: bool = False, **arguments: Any) -> BuildSettings:

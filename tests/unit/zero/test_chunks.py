@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sys
 
-from craken.zero.chunks import Share, plan_chunks
-from craken.zero.placement import Place
+from craken.zero.memory.placement import Place
+from craken.zero.plans.chunks import Share, plan_chunks
 
 
 def sizes(*numels: int, place: Place = Place.DEVICE) -> list[Share]:

@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from craken.zero.grouping import Budget, ParamFacts, plan_groups
-from craken.zero.layout import Cut, lay_out
+from craken.zero.plans.grouping import Budget, ParamFacts, plan_groups
+from craken.zero.plans.layout import Cut, lay_out
 
 
 def facts(*numels, dtype="float32", cut=Cut.PACKED):

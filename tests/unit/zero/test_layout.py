@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from craken.zero.layout import ALIGN, Cut, lay_out
+from craken.zero.plans.layout import ALIGN, Cut, lay_out
 
 SIZES = st.lists(st.integers(0, 5000), min_size=1, max_size=30)
 RANKS = st.integers(1, 9)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from craken.zero.order import GatherOrder
+from craken.zero.plans.order import GatherOrder
 
 
 def run_pass(order: GatherOrder, kind: str, indices: list[int], room: int = 9) -> list[list[int]]:

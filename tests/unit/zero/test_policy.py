@@ -2,7 +2,7 @@
 
 import pytest
 
-from craken.zero.policy import Keep, policy_for_stage
+from craken.zero.plans.policy import Keep, policy_for_stage
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from craken.zero.room import IdlePages, Room, mapped_bytes, room_for
+from craken.zero.memory.room import IdlePages, Room, mapped_bytes, room_for
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from craken.zero.units import choose_persistent, plan_units
+from craken.zero.plans.units import choose_persistent, plan_units
 
 
 class Block(nn.Module):

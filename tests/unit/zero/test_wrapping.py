@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from craken.zero.wrapping import ConstructionWatch
+from craken.zero.building.wrapping import ConstructionWatch
 
 
 class Base(nn.Module):

@@ -2,6 +2,6 @@
 
 import sys
 
-from craken.zero import construct
+from craken.zero.building import construct
 
 sys.modules[__name__] = construct

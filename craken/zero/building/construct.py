@@ -24,16 +24,16 @@ import torch
 from torch import nn
 
 from craken.comm import axis_over, get_accelerator, init_distributed
-from craken.zero.access import GatheredParameters, register_external_parameter, unregister_external_parameter
-from craken.zero.attributes import place_of
-from craken.zero.build_settings import say_what_has_no_effect, settings_from
-from craken.zero.heap import returning_freed_memory
-from craken.zero.lending import Lending
-from craken.zero.placement import Place
-from craken.zero.policy import Keep, policy_for_stage
-from craken.zero.sharder import Sharder
+from craken.zero.access.attributes import place_of
+from craken.zero.access.gathered import GatheredParameters, register_external_parameter, unregister_external_parameter
+from craken.zero.building.lending import Lending
+from craken.zero.building.settings import say_what_has_no_effect, settings_from
+from craken.zero.building.sharder import Sharder
+from craken.zero.building.wrapping import ConstructionWatch
+from craken.zero.memory.heap import returning_freed_memory
+from craken.zero.memory.placement import Place
+from craken.zero.plans.policy import Keep, policy_for_stage
 from craken.zero.weights import ZeroParamStatus
-from craken.zero.wrapping import ConstructionWatch
 
 __all__ = [
     "DeepSpeedTensorOverride",

@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import Tensor
 
-from craken.checkpoint.original_contents import (
+from craken.checkpoint.original.contents import (
     Flat,
     Shape,
     Slot,
@@ -27,7 +27,7 @@ from craken.checkpoint.original_contents import (
     loss_scale_of,
     options_for_torch,
 )
-from craken.checkpoint.original_files import read_original
+from craken.checkpoint.original.files import read_original
 from craken.log import warn_once
 
 Shapes = Sequence[Mapping[str, Sequence[int]]]  # a mapping for each flat tensor: name -> shape

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from craken.comm import MeshAxis
 from craken.zero.group import ShardGroup
-from craken.zero.layout import Fragment
 from craken.zero.lifecycle import Lifecycle
+from craken.zero.plans.layout import Fragment
 from craken.zero.residence import Residence
 from craken.zero.weights import ZeroParamStatus, set_status
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from craken.zero.layout import Cut, lay_out
+from craken.zero.plans.layout import Cut, lay_out
 
 # A group's buffer. On CPU 4 MiB measured best (benchmarks/train_step.py): most large weights then are alone in a group,
 # whose gradient travels from autograd's own tensor. On CUDA launches cost more and bandwidth needs larger messages.

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from craken.comm import broadcast, broadcast_object
-from craken.zero.attributes import Membership, place_of, unregister
+from craken.zero.access.attributes import Membership, place_of, unregister
 from craken.zero.group import ShardGroup
 from craken.zero.hooks import watch_start
 from craken.zero.residence import Residence

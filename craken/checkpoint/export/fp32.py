@@ -21,11 +21,11 @@ from torch import Tensor, nn
 
 from craken.checkpoint.consolidated import consolidate, open_reader
 from craken.checkpoint.errors import CheckpointDamaged
-from craken.checkpoint.export import check_space
+from craken.checkpoint.export.weight_files import parse_size, shard_names, split, write_index, write_model
+from craken.checkpoint.export.write import check_space
 from craken.checkpoint.folder import sync_folder
 from craken.checkpoint.lazy import LazyTensor, cast
 from craken.checkpoint.place import host_path
-from craken.checkpoint.weight_files import parse_size, shard_names, split, write_index, write_model
 from craken.log import logger
 
 PICKLE_NAME = "pytorch_model.bin"

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from craken.disk import pages
-from craken.zero.room import room_for
+from craken.zero.memory.room import room_for
 
 
 class Arrival:

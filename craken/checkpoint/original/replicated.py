@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from craken.checkpoint.original_contents import (
+from craken.checkpoint.original.contents import (
     OPTIMIZER,
     WEIGHT,
     Flat,

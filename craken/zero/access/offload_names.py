@@ -15,11 +15,11 @@ from functools import partial
 
 from torch import nn
 
-from craken.zero.access import external_parameters
+from craken.zero.access.gathered import external_parameters
 from craken.zero.group import ShardGroup
 from craken.zero.hooks import watch_reads, watch_units
 from craken.zero.lifecycle import Lifecycle, Removable
-from craken.zero.units import Unit
+from craken.zero.plans.units import Unit
 
 _EXTERNAL = "ds_external_parameters"
 

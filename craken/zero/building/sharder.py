@@ -12,16 +12,16 @@ from torch.nn.parameter import is_lazy
 from craken.comm import MeshAxis, get_accelerator, transport_for
 from craken.log import warn_once
 from craken.precision import Precision
-from craken.zero.attributes import place_of, register
-from craken.zero.build import is_castable
-from craken.zero.build_settings import BuildSettings
+from craken.zero.access.attributes import place_of, register
+from craken.zero.building.groups import is_castable
+from craken.zero.building.quantised_layers import must_stay_whole
+from craken.zero.building.settings import BuildSettings
 from craken.zero.group import ShardGroup
-from craken.zero.link import Link
-from craken.zero.placement import Placement
-from craken.zero.quantised_layers import must_stay_whole
+from craken.zero.memory.link import Link
+from craken.zero.memory.placement import Placement
+from craken.zero.memory.shelf import Shelf
 from craken.zero.residence import Ceilings, Residence
 from craken.zero.rules import GroupRules, Sources, Wire
-from craken.zero.shelf import Shelf
 
 
 class Sharder:

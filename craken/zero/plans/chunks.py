@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from craken.zero.placement import Place
+from craken.zero.memory.placement import Place
 
 _NUM_CHUNKS = 8  # on the device, an update in more pieces overlaps no more and costs a call of the optimizer each
 

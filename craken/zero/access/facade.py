@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from craken.precision import LossScale
-from craken.zero.offload_names import ParameterOffload
+from craken.zero.access.offload_names import ParameterOffload
 
 
 class ShardedOptimizer(torch.optim.Optimizer):

@@ -13,9 +13,9 @@ import torch
 
 from craken.disk import IoSettings
 from craken.log import warn_once
-from craken.zero.placement import Place
-from craken.zero.policy import Policy, policy_for_stage
-from craken.zero.shelf import DiskSettings, Kind
+from craken.zero.memory.placement import Place
+from craken.zero.memory.shelf import DiskSettings, Kind
+from craken.zero.plans.policy import Policy, policy_for_stage
 
 _SHARDED = 3  # without a config
 

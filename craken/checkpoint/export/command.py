@@ -12,10 +12,10 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from craken.checkpoint.errors import CheckpointDamaged
-from craken.checkpoint.export import Changes, LinearLayers, Planned, check_target, plan_export, write_export
+from craken.checkpoint.export.weight_files import Written, parse_size
+from craken.checkpoint.export.write import Changes, LinearLayers, Planned, check_target, plan_export, write_export
 from craken.checkpoint.inspect_command import human_bytes
 from craken.checkpoint.place import Place, host_path
-from craken.checkpoint.weight_files import Written, parse_size
 from craken.log import logger
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

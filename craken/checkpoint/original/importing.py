@@ -19,12 +19,12 @@ from torch import Tensor
 from craken.checkpoint.entry import Piece
 from craken.checkpoint.errors import CheckpointDamaged
 from craken.checkpoint.folder import check_tag
-from craken.checkpoint.original_contents import BUFFER, FROZEN, OPTIMIZER, Trained
-from craken.checkpoint.original_files import check_bytes, read_original
-from craken.checkpoint.original_folder import OriginalFolder, find_original
-from craken.checkpoint.original_replicated import Names, trained_by_all
-from craken.checkpoint.original_universal import trained_by_parameter
-from craken.checkpoint.original_zero import cut_by_parameter, flattened, trained_by_ranks
+from craken.checkpoint.original.contents import BUFFER, FROZEN, OPTIMIZER, Trained
+from craken.checkpoint.original.files import check_bytes, read_original
+from craken.checkpoint.original.folder import OriginalFolder, find_original
+from craken.checkpoint.original.replicated import Names, trained_by_all
+from craken.checkpoint.original.universal import trained_by_parameter
+from craken.checkpoint.original.zero import cut_by_parameter, flattened, trained_by_ranks
 from craken.checkpoint.place import host_path
 from craken.checkpoint.saver import save
 from craken.comm import MeshAxis

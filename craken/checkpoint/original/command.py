@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from craken.checkpoint.errors import CheckpointDamaged
-from craken.checkpoint.importing import import_original
+from craken.checkpoint.original.importing import import_original
 from craken.log import logger
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from craken.checkpoint.errors import CheckpointDamaged, CheckpointNotFound
-from craken.checkpoint.original_contents import (
+from craken.checkpoint.original.contents import (
     OPTIMIZER,
     WEIGHT,
     Trained,
@@ -19,7 +19,7 @@ from craken.checkpoint.original_contents import (
     options_for_torch,
     scalars_for_torch,
 )
-from craken.checkpoint.original_files import read_original
+from craken.checkpoint.original.files import read_original
 from craken.spec import ShardSpec
 
 SETTINGS_NAME = "optimizer_state.pt"

@@ -16,10 +16,10 @@ from typing import Any
 
 from torch import nn
 
-from craken.zero.access import GatheredParameters
-from craken.zero.attributes import place_of
+from craken.zero.access.attributes import place_of
+from craken.zero.access.gathered import GatheredParameters
+from craken.zero.building.wrapping import ConstructionWatch
 from craken.zero.hooks import AttributeWatch, watch_attributes
-from craken.zero.wrapping import ConstructionWatch
 
 _MAX_NUMEL = 8 << 20  # elements lent at a time
 _MIN_LOANS = 4  # whatever their size: a weight may be made from others

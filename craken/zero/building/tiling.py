@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from craken.zero.access import GatheredParameters
+from craken.zero.access.gathered import GatheredParameters
 
 
 class TiledLinear(nn.Module):

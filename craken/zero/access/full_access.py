@@ -22,8 +22,8 @@ from craken.comm import all_reduce_sum, gather_objects
 from craken.zero.binding import Binding
 from craken.zero.flat import check_has_memory
 from craken.zero.group import MasterFragment, ShardGroup
-from craken.zero.layout import Fragment
-from craken.zero.policy import Keep
+from craken.zero.plans.layout import Fragment
+from craken.zero.plans.policy import Keep
 
 _HELD = "_craken_held"
 

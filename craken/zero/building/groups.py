@@ -11,16 +11,16 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from craken.zero.access import take_out
+from craken.zero.access.gathered import take_out
+from craken.zero.building.quantised_layers import keep_from_repacking, must_stay_whole
 from craken.zero.group import ShardGroup
-from craken.zero.grouping import Budget, ParamFacts, plan_groups
-from craken.zero.layout import Cut
-from craken.zero.leaves import get_z3_leaf_modules, note_leaf_parameters
-from craken.zero.placement import HostShare, Place
-from craken.zero.policy import policy_for_stage
-from craken.zero.quantised_layers import keep_from_repacking, must_stay_whole
+from craken.zero.memory.placement import HostShare, Place
+from craken.zero.plans.grouping import Budget, ParamFacts, plan_groups
+from craken.zero.plans.layout import Cut
+from craken.zero.plans.leaves import get_z3_leaf_modules, note_leaf_parameters
+from craken.zero.plans.policy import policy_for_stage
+from craken.zero.plans.units import Unit, choose_persistent, plan_units, whole_numel
 from craken.zero.rules import GroupRules, Wire
-from craken.zero.units import Unit, choose_persistent, plan_units, whole_numel
 
 Named = tuple[str, nn.Parameter]
 

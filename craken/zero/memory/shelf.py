@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from craken.disk import IoSettings, Swap, SwapFile, Traffic
-from craken.zero.courier import Courier
-from craken.zero.link import Link
-from craken.zero.placement import Place
-from craken.zero.room import IdlePages, room_for
+from craken.zero.memory.courier import Courier
+from craken.zero.memory.link import Link
+from craken.zero.memory.placement import Place
+from craken.zero.memory.room import IdlePages, room_for
 
 Kind = Literal["weights", "states"]
 

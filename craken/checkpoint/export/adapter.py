@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from craken.checkpoint.export.weight_files import read_file
 from craken.checkpoint.lazy import LazyTensor, cast
-from craken.checkpoint.weight_files import read_file
 
 CONFIG_NAME, WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."

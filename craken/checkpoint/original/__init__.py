@@ -1,0 +1,1 @@
+"""Reads checkpoints that the original wrote, and turns them into ours."""

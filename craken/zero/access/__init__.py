@@ -1,0 +1,1 @@
+"""What users and clients see of sharded parameters, masters and states."""

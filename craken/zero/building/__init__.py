@@ -1,0 +1,1 @@
+"""Builds models shard by shard, and puts what is built into groups."""

@@ -1,0 +1,1 @@
+"""What is decided before anything moves, from numbers and names alone: pure functions."""
