@@ -243,6 +243,13 @@ def _load_progress(engine: Engine, state: dict[str, Any]) -> None:
     engine.accumulation.micro_steps, engine.accumulation.in_step = state["micro_steps"], 0
     if isinstance(engine.loss_scaler, DynamicLossScale) and "steps_seen" in state["loss_scale"]:
         engine.loss_scaler.load_state_dict(state["loss_scale"])  # a scale that does not move is the config's
+    saved_size, size = state.get("train_batch_size"), engine.train_batch_size()
+    if saved_size not in (None, size):
+        warn_once(
+            f"saved with a train_batch_size of {saved_size}, going on with {size}: steps are of other samples, the "
+            f"loss curve is another; to keep it give a train_batch_size of {saved_size} (gradient_accumulation_steps "
+            "makes up for other ranks or micro-batches)"
+        )
     if engine.training_dataloader is not None and state["dataloader"] is not None:
         engine.training_dataloader.load_state_dict(state["dataloader"])
 

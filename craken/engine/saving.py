@@ -115,6 +115,7 @@ def _states(
         "skipped_steps": engine.skipped_steps,
         "micro_steps": engine.accumulation.micro_steps,
         "in_step": engine.accumulation.in_step,
+        "train_batch_size": engine.train_batch_size(),
         "zero_stage": engine.parts.config.zero_optimization.stage,
         "tied": _tied_names(engine.module),
         "loss_scale": engine.loss_scaler.state_dict(),

@@ -23,6 +23,7 @@ class TestSort(unittest.TestCase):
         self.assertEqual("""
 AUTO = "auto"
 FLAGS = "flags.json"
+BATCH_SIZE = "train_batch_size"  # beside the flags in their file: sequences a step, over all ranks
 KEPT_CHECKPOINTS = 2
 PATH_FLAGS = frozenset({"data", "config", "cache"})
 PRECISIONS = ("bf16", "fp16", "fp32")
@@ -76,6 +77,7 @@ class Options:
     prompt: str
     resume: Resume
     keep_last: int
+    kept_batch_size: int | None  # sequences a step of the run that is gone on with, where --accumulation is not given
     given: Mapping[str, Any]
 
     @property
@@ -138,7 +140,12 @@ def _add_how(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--micro-batch", type=_whole(1), metavar="N", help="sequences a rank and pass (default: the preset's)"
     )
-    group.add_argument("--accumulation", type=_whole(1), metavar="N", help="passes a step (default: 8)")
+    group.add_argument(
+        "--accumulation",
+        type=_whole(1),
+        metavar="N",
+        help="passes a step (default: 8; going on: what keeps a step's size)",
+    )
     group.add_argument(
         "--lr", type=_positive, metavar="RATE", help="peak learning rate of the optimizer (default: the preset's)"
     )
@@ -188,8 +195,10 @@ def resolve(given: Mapping[str, Any], *, has_accelerator: bool) -> Options:
     folder = given.pop("resume", None)
     given.pop("local_rank", None)
     resume = Resume.NEVER if folder is None else Resume.IF_POSSIBLE if folder == AUTO else Resume.ALWAYS
+    adjusts_batch = "accumulation" not in given
     if resume is not Resume.NEVER:
         given = _with_earlier(given, folder)
+    batch_size = given.pop(BATCH_SIZE, None)
     config = _read_config(given.get("config"))
     model = given.get("model", "small")
     preset = PRESETS.get(model, PRESETS["small"])
@@ -223,16 +232,17 @@ def resolve(given: Mapping[str, Any], *, has_accelerator: bool) -> Options:
         prompt=given.get("prompt", DEFAULT_PROMPT),
         resume=resume,
         keep_last=given.get("keep_last", KEPT_CHECKPOINTS),
+        kept_batch_size=batch_size if adjusts_batch else None,
         given=given,
     )
 
 
-def save_given(options: Options, *, num_ranks: int) -> None:
+def save_given(options: Options, *, num_ranks: int, batch_size: int) -> None:
     """Write the flags of this run into its folder for `--resume`, paths made absolute: it may come from elsewhere."""
     paths = {name: str(Path(options.given[name]).expanduser().resolve()) for name in PATH_FLAGS & options.given.keys()}
     if options.preset is None:
         paths["model"] = str(Path(options.model).expanduser().resolve())
-    text = json.dumps({**options.given, **paths, "ranks": num_ranks}, indent=2)
+    text = json.dumps({**options.given, **paths, "ranks": num_ranks, BATCH_SIZE: batch_size}, indent=2)
     file = options.output / FLAGS
     partial = file.with_name(FLAGS + ".partial")
     partial.write_text(text + "\n", "utf-8")

@@ -102,7 +102,7 @@ def _plan_or_problem(given: Mapping[str, Any], num_ranks: int, console: Console)
 
 def _note_start(trainer: Trainer, console: Console) -> None:
     options = trainer.plan.options
-    save_given(options, num_ranks=trainer.axis.size)
+    save_given(options, num_ranks=trainer.axis.size, batch_size=trainer.plan.batch.train_batch_size)
     (options.output / "run.json").write_text(json.dumps(describe(trainer.plan), indent=2) + "\n", "utf-8")
     show_facts(console, run_facts(trainer.plan, trainer.num_parameters, trainer.axis.size))
     if trainer.engine.global_steps:

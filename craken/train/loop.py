@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -68,6 +69,8 @@ class Trainer:
         self.elapsed_s = 0.0  # of training, over all parts of an interrupted run
         self.is_first_rank = self.axis.rank == 0
         first_step = self._load()
+        if plan.remark:
+            console.print(plan.remark, soft_wrap=True, markup=False)
         self.metrics = (
             MetricsFile(options.output / "metrics.jsonl", last_step=first_step) if self.is_first_rank else None
         )
@@ -179,10 +182,17 @@ class Trainer:
         return windows, numbers
 
     def _endless_batches(self) -> Iterator[Batch]:
+        """Yield micro-batches for ever; what is left of an epoch and makes no step is left out.
+
+        So steps are of the same samples however ranks and micro-batches share them, in the epochs after the first too.
+        """
+        num_micro_batches = self.plan.batch.accumulation_steps
         while True:
             assert self.loader is not None  # `initialize` makes one, since it was given training data
-            for batch in self.loader:
-                yield {name: tensor.to(self.device) for name, tensor in batch.items()}
+            batches = iter(self.loader)
+            while len(step := list(itertools.islice(batches, num_micro_batches))) == num_micro_batches:
+                for batch in step:
+                    yield {name: tensor.to(self.device) for name, tensor in batch.items()}
 
     def _load(self) -> int:
         """Collective: go on from a checkpoint if the run is to; returns the steps done."""

@@ -10,7 +10,7 @@ from craken.config import BatchSizes
 from craken.train import huggingface, token_cache
 from craken.train.arguments import Options
 from craken.train.presets import PRESETS
-from craken.train.settings import engine_config
+from craken.train.settings import engine_config, kept_batch, with_batch
 from craken.train.token_cache import Report, TokenCache
 from craken.train.windows import Windows
 
@@ -23,6 +23,7 @@ class Plan:
     config: dict[str, Any]
     batch: BatchSizes
     cache: TokenCache
+    remark: str = ""  # how the flags had to give way to the run that is gone on with
 
     @property
     def tokens_per_step(self) -> int:
@@ -33,12 +34,20 @@ def prepare(options: Options, *, num_ranks: int, report: Report) -> Plan:
     """Check the run and tokenise its text; ValueError with one clear message on anything that cannot work."""
     config = engine_config(options)
     try:
-        batch = craken.check_config(config, num_ranks)
+        given = craken.check_config(config, num_ranks)
     except NotImplementedError as error:  # says what to use instead
         raise ValueError(str(error)) from error
+    batch = kept_batch(given, options.kept_batch_size or given.train_batch_size, num_ranks)
+    remark = ""
+    if batch != given:
+        config = with_batch(config, batch)
+        remark = (
+            f"a step keeps its {batch.train_batch_size} sequences: accumulation {batch.accumulation_steps} instead of "
+            f"{given.accumulation_steps}; --accumulation {given.accumulation_steps} makes it {given.train_batch_size}"
+        )
     source = huggingface.tokenizer_source(options.model, options.vocab_size)
     cache = token_cache.prepare(options.data, options.cache, source, report=report)
-    plan = Plan(options, config, batch, cache)
+    plan = Plan(options, config, batch, cache, remark)
     _check_size(plan, num_ranks)
     if options.model not in PRESETS:
         vocab_size = cache.meta.vocab_size

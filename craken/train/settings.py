@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from craken.config import read_config
+from craken.config import BatchSizes, read_config
 from craken.train.arguments import Options
 from craken.train.presets import ADAM_SHARE
 
@@ -12,6 +12,7 @@ GRADIENT_CLIPPING = 0.3
 WARMUP_FRACTION = 0.08
 FINAL_LR_RATIO = 0.05
 BUCKET_ELEMENTS = 50_000_000
+WHOLE, MICRO, ACCUMULATION = "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"
 QUIET = 1_000_000_000  # steps between the engine's own progress lines: the run shows its own
 
 
@@ -34,16 +35,33 @@ def engine_config(options: Options) -> dict[str, Any]:
     return {**config, "dataloader_drop_last": True}  # every micro-batch is whole, so that tokens a step are constant
 
 
+def kept_batch(given: BatchSizes, train_batch_size: int, num_ranks: int) -> BatchSizes:
+    """Return `given` with the accumulation that makes `train_batch_size`; ValueError where none does."""
+    unit = given.micro_batch_size * num_ranks
+    if train_batch_size % unit:
+        raise ValueError(
+            f"--resume: a step of this run takes {train_batch_size} sequences, which do not divide into micro-batches "
+            f"of {given.micro_batch_size} on {num_ranks} ranks ({unit} at a time); give --ranks or --micro-batch that "
+            "divide it, or --accumulation to go on with steps of another size"
+        )
+    return BatchSizes(train_batch_size, given.micro_batch_size, train_batch_size // unit)
+
+
+def with_batch(config: dict[str, Any], batch: BatchSizes) -> dict[str, Any]:
+    """Return the configuration with these batch sizes."""
+    sizes = (batch.train_batch_size, batch.micro_batch_size, batch.accumulation_steps)
+    return {**config, **dict(zip((WHOLE, MICRO, ACCUMULATION), sizes, strict=True))}
+
+
 def _set_batch(config: dict[str, Any], options: Options) -> None:
     """Fill the batch triple: a flag wins; a whole batch named in the file stands unless a flag says otherwise."""
-    micro, accumulation, whole = "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size"
-    flags = {micro: options.given.get("micro_batch"), accumulation: options.given.get("accumulation")}
+    flags = {MICRO: options.given.get("micro_batch"), ACCUMULATION: options.given.get("accumulation")}
     if any(flags.values()):
-        config.pop(whole, None)
+        config.pop(WHOLE, None)
     config |= {key: value for key, value in flags.items() if value}
-    if not _is_set(config, whole):
-        config.pop(whole, None)
-        defaults = {micro: options.micro_batch_size, accumulation: options.accumulation_steps}
+    if not _is_set(config, WHOLE):
+        config.pop(WHOLE, None)
+        defaults = {MICRO: options.micro_batch_size, ACCUMULATION: options.accumulation_steps}
         config |= {key: value for key, value in defaults.items() if not _is_set(config, key)}
 
 

@@ -59,6 +59,7 @@ from craken.zero.room import mapped_bytes
 from craken.zero.rules import GroupRules, Replication, Sources, Wire
 from craken.zero.shelf import DiskSettings, Kind, Shelf
 from craken.zero.swapping import StateSwap, SwapSettings
+from craken.zero.tiling import TiledLinear
 from craken.zero.unfinished import can_load, gradient_state, load_gradient_state
 from craken.zero.units import whole_numel
 from craken.zero.weights import ZeroParamStatus
@@ -102,6 +103,7 @@ __all__ = [
     "StepResult",
     "Stepping",
     "SwapSettings",
+    "TiledLinear",
     "Wire",
     "ZeroParamStatus",
     "bytes_by_place",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -25,10 +26,11 @@ class Model(nn.Module):
         self.first, self.frozen, self.last = nn.Linear(8, 16), nn.Linear(16, 16), nn.Linear(16, 3)
         self.register_buffer("num_forwards", torch.zeros(()))
         self.frozen.requires_grad_(False)
+        self.dropout = 0.2
 
     def forward(self, x: Tensor) -> Tensor:
         self.num_forwards += 1
-        return self.last(F.dropout(self.frozen(self.first(x)).relu(), 0.2, self.training))
+        return self.last(F.dropout(self.frozen(self.first(x)).relu(), self.dropout, self.training))
 
 
 def start(stage: int, precision: str, seed: int, swap_folder: str = "", **sections: Any) -> Any:
@@ -136,6 +138,67 @@ def test_another_stage_on_another_number_of_ranks_reads_the_same_weights(run_ran
     stage, world_size = loaded
     second = run_ranks(load_under, world_size, str(tmp_path), stage)
     assert second == [first[0]] * world_size
+
+
+def losses_of_steps(engine: Any, batches: Any, num_steps: int) -> list[float]:
+    """Take steps without dropout; return the mean loss of each over all samples of all ranks."""
+    losses = []
+    engine.module.dropout = 0.0
+    for _ in range(num_steps):
+        total = torch.zeros(())
+        for _ in range(engine.gradient_accumulation_steps()):
+            x, y = next(batches)
+            loss = F.cross_entropy(engine(x), y)
+            engine.backward(loss)
+            engine.step()
+            total += loss.detach() / engine.gradient_accumulation_steps() / dist.get_world_size()
+        dist.all_reduce(total)
+        losses.append(total.item())
+    return losses
+
+
+def save_in_an_epoch(folder: str) -> list[float]:
+    engine, _, loader, _ = start(2, "fp32", seed=0, gradient_accumulation_steps=1)
+    batches = iter(loader)
+    losses_of_steps(engine, batches, 2)
+    engine.save_checkpoint(folder)
+    losses = losses_of_steps(engine, batches, 2)  # of the 5 steps of an epoch
+    engine.destroy()
+    return losses
+
+
+def go_on_elsewhere(folder: str, stage: int, micro_batch: int, accumulation: int) -> tuple[list[float], int]:
+    sizes = {"train_micro_batch_size_per_gpu": micro_batch, "gradient_accumulation_steps": accumulation}
+    engine, _, loader, _ = start(stage, "fp32", seed=99, **sizes)
+    with mock.patch("craken.engine.checkpointing.warn_once") as warn:
+        engine.load_checkpoint(folder)
+    losses = losses_of_steps(engine, iter(loader), 2)
+    engine.destroy()
+    return losses, warn.call_count
+
+
+@pytest.fixture
+def saved_by_four(run_ranks, tmp_path) -> tuple[str, list[float]]:
+    return str(tmp_path), run_ranks(save_in_an_epoch, 4, str(tmp_path))[0]
+
+
+@pytest.mark.parametrize(
+    ("world_size", "stage", "micro_batch", "accumulation"), [(4, 2, 1, 2), (2, 2, 2, 2), (2, 3, 4, 1), (1, 0, 2, 4)]
+)
+def test_another_split_of_a_step_continues_the_curve_within_an_epoch(
+    run_ranks, saved_by_four, world_size, stage, micro_batch, accumulation
+) -> None:
+    folder, expected = saved_by_four
+    for losses, num_warnings in run_ranks(go_on_elsewhere, world_size, folder, stage, micro_batch, accumulation):
+        assert losses == pytest.approx(expected, abs=1e-6)
+        assert num_warnings == 0
+
+
+def test_a_step_of_another_size_is_told(run_ranks, saved_by_four) -> None:
+    folder, expected = saved_by_four
+    for losses, num_warnings in run_ranks(go_on_elsewhere, 2, folder, 2, 2, 1):
+        assert num_warnings == 1
+        assert losses != pytest.approx(expected, abs=1e-3)
 
 
 def wrong_loads(folder: str) -> list[str]:

@@ -21,7 +21,15 @@ deepspeed.comm: all_gather_into_tensor reduce_scatter_tensor all_to_all_single s
 deepspeed.comm: scatter all_gather broadcast new_group destroy_process_group get_global_rank get_world_group
 deepspeed.accelerator: get_accelerator
 deepspeed.zero: GatheredParameters Init MiCS_Init ZeroParamStatus
-deepspeed.zero: register_external_parameter unregister_external_parameter
+deepspeed.zero: register_external_parameter unregister_external_parameter TiledLinear DeepSpeedTensorOverride
+deepspeed.checkpointing: configure checkpoint is_configured reset
+deepspeed.runtime.activation_checkpointing.checkpointing: configure checkpoint is_configured reset
+deepspeed.runtime.zero: GatheredParameters Init TiledLinear
+deepspeed.runtime.zero.config: DeepSpeedZeroConfig ZeroStageEnum
+deepspeed.runtime.zero.offload_config: OffloadDeviceEnum OffloadStateTypeEnum DeepSpeedZeroOffloadParamConfig
+deepspeed.runtime.zero.offload_config: DeepSpeedZeroOffloadOptimizerConfig
+deepspeed.runtime.zero.stage3: DeepSpeedZeroOptimizer_Stage3
+deepspeed.runtime.zero.stage_1_and_2: DeepSpeedZeroOptimizer
 deepspeed.runtime.zero.partition_parameters: Init GatheredParameters ZeroParamStatus register_external_parameter
 deepspeed.runtime.zero.partition_parameters: zero_wrapper_for_fp_tensor_constructor _orig_torch_arange get_accelerator
 deepspeed.utils: logger log_dist RepeatingLoader
@@ -84,6 +92,26 @@ assert pp is craken.zero.construct is deepspeed.runtime.zero.partition_parameter
 assert isinstance(deepspeed.DeepSpeedConfig({"train_batch_size": 2}).train_batch_size, int)
 """
     _from_tree(code)
+
+
+def test_what_is_not_built_yet_says_so_when_it_is_asked_for() -> None:
+    code = """
+import deepspeed
+from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF
+from deepspeed.utils import groups
+assert not hasattr(deepspeed, "tp_model_init") and not hasattr(deepspeed, "init_inference")
+for ask in (lambda: deepspeed.tp_model_init(None), groups._get_sequence_parallel_group,
+            UlyssesSPAttentionHF.register_with_transformers, lambda: deepspeed.nothing):
+    try:
+        ask()
+    except Exception as error:
+        print(type(error).__name__, error)
+"""
+    tensors, sequences, attention, nothing = _from_tree(code).splitlines()
+    assert tensors.startswith("GapError deepspeed's tp_model_init is not there yet: only data parallelism works yet")
+    assert sequences == attention
+    assert sequences.startswith("NotImplementedError only data parallelism works yet; leave sequence parallelism")
+    assert nothing == "AttributeError deepspeed (craken's drop-in) has no 'nothing' here"
 
 
 def test_importing_it_is_cheap_and_loads_no_client() -> None:

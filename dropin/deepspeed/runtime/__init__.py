@@ -1,5 +1,6 @@
 """deepspeed.runtime."""
 
+from deepspeed.runtime import activation_checkpointing as activation_checkpointing
 from deepspeed.runtime import config as config
 from deepspeed.runtime import dataloader as dataloader
 from deepspeed.runtime import engine as engine

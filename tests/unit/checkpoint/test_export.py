@@ -200,11 +200,11 @@ def test_a_disk_that_is_too_small_is_told_before_anything_is_written(tmp_path: P
 def test_a_disk_that_fills_up_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_model(tmp_path / "saved", two_layers())
 
-    def full(fd: int, data: list[memoryview], offset: int) -> int:
+    def full(fd: int, data: memoryview, offset: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     planned = plan_export(tmp_path / "saved", Changes())
-    monkeypatch.setattr("craken.disk.transfer.os.pwritev", full)
+    monkeypatch.setattr("craken.checkpoint.weight_files.write_all", full)
     with pytest.raises(OSError, match="No space left on device: nothing was left behind"):
         write_export(planned, tmp_path / "out")
     assert leftovers(tmp_path) == []

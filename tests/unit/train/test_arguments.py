@@ -52,12 +52,24 @@ def test_a_run_goes_on_with_its_own_flags_and_those_given_now(tmp_path) -> None:
     (tmp_path / "text").mkdir()
     first = _resolve("--model", "tiny", "--data", "text", "--steps", "9", "--output", "run")
     first.output.mkdir()
-    save_given(first, num_ranks=2)
+    save_given(first, num_ranks=2, batch_size=32)
     again = _resolve("--resume", "run", "--steps", "12")
     assert (again.model, again.steps, again.ranks, again.resume) == ("tiny", 12, 2, Resume.ALWAYS)
     assert again.data == tmp_path / "text"  # absolute: resuming works from another folder
     assert again.output == Path("run")
     assert _resolve("--output", "run", "--resume").output == Path("run")
+
+
+def test_a_run_gone_on_with_keeps_the_size_of_its_steps_unless_accumulation_is_given(tmp_path) -> None:
+    first = _resolve("--model", "tiny", "--accumulation", "4", "--output", "run")
+    assert first.kept_batch_size is None
+    first.output.mkdir()
+    save_given(first, num_ranks=2, batch_size=16)
+    assert _resolve("--resume", "run", "--ranks", "1").kept_batch_size == 16
+    assert _resolve("--output", "run", "--resume", "auto").kept_batch_size == 16
+    other = _resolve("--resume", "run", "--accumulation", "4")
+    assert (other.kept_batch_size, other.accumulation_steps) == (None, 4)
+    assert "train_batch_size" not in other.given
 
 
 def test_auto_begins_in_a_folder_that_stays_the_same_and_goes_on_with_its_flags(tmp_path) -> None:
@@ -67,7 +79,7 @@ def test_auto_begins_in_a_folder_that_stays_the_same_and_goes_on_with_its_flags(
     first.output.mkdir(parents=True)
     (first.output / "metrics.jsonl").write_text("")  # killed before its first checkpoint: no reason to refuse
     assert _resolve(*argv).output == first.output
-    save_given(first, num_ranks=2)
+    save_given(first, num_ranks=2, batch_size=32)
     again = _resolve(*argv, "--steps", "9")
     assert (again.output, again.seed, again.ranks, again.steps) == (first.output, 3, 2, 9)
     assert _resolve("--output", "run", "--resume", "auto").output == Path("run")

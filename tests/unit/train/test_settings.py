@@ -6,9 +6,9 @@ import json
 
 import pytest
 
-from craken.config import load_config, resolve_batch
+from craken.config import BatchSizes, load_config, resolve_batch
 from craken.train.arguments import parse, resolve
-from craken.train.settings import engine_config
+from craken.train.settings import engine_config, kept_batch, with_batch
 
 
 @pytest.fixture(autouse=True)
@@ -130,3 +130,15 @@ def test_old_checkpoints_are_dropped_by_the_engine_and_the_rest_of_the_section_s
     assert _config(file, "--keep-last", "3")["checkpoint"] == {"async_save": True, "keep_last": 3}
     assert load_config(_config({"checkpoint": {}})).checkpoint.keep_last == 2
     assert load_config(_config({"checkpoint": {"keep_last": None}})).checkpoint.keep_last is None
+
+
+@pytest.mark.parametrize(("num_ranks", "micro", "accumulation"), [(1, 2, 16), (2, 4, 4), (4, 8, 1)])
+def test_a_step_of_the_same_size_is_made_of_more_or_fewer_passes(num_ranks, micro, accumulation) -> None:
+    batch = kept_batch(BatchSizes(micro * 8 * num_ranks, micro, 8), 32, num_ranks)
+    assert batch == BatchSizes(32, micro, accumulation)
+    assert resolve_batch(load_config(with_batch(_config(None), batch)), num_ranks) == batch
+
+
+def test_a_step_that_does_not_divide_says_what_to_give() -> None:
+    with pytest.raises(ValueError, match=r"takes 32 .* micro-batches of 2 on 3 ranks \(6 at a time\); give --ranks or"):
+        kept_batch(BatchSizes(48, 2, 8), 32, 3)

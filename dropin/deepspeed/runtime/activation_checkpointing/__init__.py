@@ -1,0 +1,3 @@
+"""deepspeed.runtime.activation_checkpointing."""
+
+from deepspeed import checkpointing as checkpointing
