@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -62,7 +63,7 @@ class Entry(NamedTuple):
 
     @property
     def is_whole(self) -> bool:
-        return ShardSpec(self.fqn, self.shape, self.offset, self.numel).is_whole
+        return self.numel == math.prod(self.shape)
 
     @property
     def num_bytes(self) -> int:

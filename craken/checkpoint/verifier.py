@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,7 +15,7 @@ from craken.checkpoint.blocks import at_once, begin_block, checksum_of, size_pro
 from craken.checkpoint.entry import dtype_of, memory_of
 from craken.checkpoint.errors import CheckpointDamaged
 from craken.checkpoint.index import INDEX_NAME, FileRecord, Index, TensorRecord, read_index
-from craken.checkpoint.place import OpenFile, Place, is_file, open_file, place_of, reading_ahead
+from craken.checkpoint.place import Place, is_file, open_file, place_of, reading_ahead
 from craken.checkpoint.read_plan import plan_reads
 
 
@@ -39,11 +40,21 @@ def verify(path: str | os.PathLike[str]) -> list[Damage]:
     except CheckpointDamaged as error:
         return [Damage(INDEX_NAME, None, str(error))]
     damage: list[Damage] = []
+    parts = _parts_by_file(index)
     for file in index.files:
         damage += _file_damage(folder, file)
         if is_file(folder / file.name):
-            damage += _block_damage(folder, file, index)
+            damage += _block_damage(folder, file, parts[file.name], index.block_bytes)
     return damage
+
+
+def _parts_by_file(index: Index) -> dict[str, list[TensorRecord]]:
+    """Return, for each file, the pieces that lie in it, each as a record of its own."""
+    parts: dict[str, list[TensorRecord]] = {file.name: [] for file in index.files}
+    for record in index.tensors.values():
+        for piece in record.pieces:
+            parts[piece.file].append(replace(record, pieces=(piece,)))
+    return parts
 
 
 def _file_damage(folder: Place, file: FileRecord) -> Iterator[Damage]:
@@ -58,26 +69,13 @@ def _file_damage(folder: Place, file: FileRecord) -> Iterator[Damage]:
             yield Damage(file.name, None, f"{folder / file.name}: the safetensors header is damaged")
 
 
-def _block_damage(folder: Place, file: FileRecord, index: Index) -> Iterator[Damage]:
-    scratch = memory_of(torch.empty(min(index.block_bytes, file.num_bytes), dtype=torch.uint8, device="cpu"))
+def _block_damage(folder: Place, file: FileRecord, parts: list[TensorRecord], block_bytes: int) -> Iterator[Damage]:
+    scratch = memory_of(torch.empty(min(block_bytes, file.num_bytes), dtype=torch.uint8, device="cpu"))
     with closing(open_file(folder / file.name)) as stream:
-        for record in index.tensors.values():
-            yield from _tensor_damage(folder, stream, _part_in(file, record), scratch, index.block_bytes)
-
-
-def _part_in(file: FileRecord, record: TensorRecord) -> list[TensorRecord]:
-    """Return those pieces of a tensor that lie in `file`, each as a record of its own."""
-    pieces = [piece for piece in record.pieces if piece.file == file.name]
-    return [TensorRecord(record.kind, record.fqn, record.shape, record.dtype, (piece,)) for piece in pieces]
-
-
-def _tensor_damage(
-    folder: Place, stream: OpenFile, parts: list[TensorRecord], scratch: memoryview, block_bytes: int
-) -> Iterator[Damage]:
-    for part in parts:
-        piece, itemsize = part.pieces[0], dtype_of(part.dtype).itemsize
-        for read in plan_reads(part, piece.offset, piece.numel, itemsize=itemsize, block_bytes=block_bytes):
-            try:
-                begin_block(folder, stream, read, scratch[: read.num_bytes], part, at_once).check()
-            except CheckpointDamaged as error:
-                yield Damage(read.file, f"{part.kind} of {part.fqn}", str(error))
+        for part in sorted(parts, key=lambda part: part.pieces[0].start):
+            piece, itemsize = part.pieces[0], dtype_of(part.dtype).itemsize
+            for read in plan_reads(part, piece.offset, piece.numel, itemsize=itemsize, block_bytes=block_bytes):
+                try:
+                    begin_block(folder, stream, read, scratch[: read.num_bytes], part, at_once).check()
+                except CheckpointDamaged as error:
+                    yield Damage(read.file, f"{part.kind} of {part.fqn}", str(error))
