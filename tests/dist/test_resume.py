@@ -170,7 +170,7 @@ def save_in_an_epoch(folder: str) -> list[float]:
 def go_on_elsewhere(folder: str, stage: int, micro_batch: int, accumulation: int) -> tuple[list[float], int]:
     sizes = {"train_micro_batch_size_per_gpu": micro_batch, "gradient_accumulation_steps": accumulation}
     engine, _, loader, _ = start(stage, "fp32", seed=99, **sizes)
-    with mock.patch("craken.engine.checkpointing.warn_once") as warn:
+    with mock.patch("craken.engine.loading.warn_once") as warn:
         engine.load_checkpoint(folder)
     losses = losses_of_steps(engine, iter(loader), 2)
     engine.destroy()

@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from craken import cli
-from craken.checkpoint import CheckpointDamaged, CheckpointNotFound, Reader, original_contents
+from craken.checkpoint import CheckpointDamaged, CheckpointNotFound, Reader
+from craken.checkpoint.original import contents as original_contents
 from craken.checkpoint.original.files import read_original
 from craken.checkpoint.original.importing import import_original
 from craken.engine import saving

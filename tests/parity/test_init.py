@@ -138,7 +138,8 @@ def build_failing() -> None:
 
 
 def contexts() -> None:
-    from craken.zero import Init, construct
+    from craken.zero import Init
+    from craken.zero.building import construct
 
     replaced = [(nn.Linear, "__init__"), (nn.Module, "apply"), (nn.Module, "__init_subclass__")]
     replaced += [(nn.Parameter, "__deepcopy__")]

@@ -204,7 +204,7 @@ def test_a_disk_that_fills_up_leaves_nothing_behind(tmp_path: Path, monkeypatch:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     planned = plan_export(tmp_path / "saved", Changes())
-    monkeypatch.setattr("craken.checkpoint.weight_files.write_all", full)
+    monkeypatch.setattr("craken.checkpoint.export.weight_files.write_all", full)
     with pytest.raises(OSError, match="No space left on device: nothing was left behind"):
         write_export(planned, tmp_path / "out")
     assert leftovers(tmp_path) == []

@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import load_file
 
 from craken import cli
-from craken.checkpoint import export_command, fp32
+from craken.checkpoint.export import command as export_command
+from craken.checkpoint.export import fp32
 from tests.unit.checkpoint.models import save_model, two_layers, write_json
 from tests.unit.checkpoint.ranks import flip
 

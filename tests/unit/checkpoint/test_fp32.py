@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from craken import cli
-from craken.checkpoint import CheckpointNotFound, fp32
+from craken.checkpoint import CheckpointNotFound
+from craken.checkpoint.export import fp32
 from craken.checkpoint.export.fp32 import (
     convert_zero_checkpoint_to_fp32_state_dict,
     get_fp32_state_dict_from_zero_checkpoint,

@@ -10,7 +10,8 @@ from unittest import mock
 import pytest
 import torch
 
-from craken.zero import Keep, Place, build_settings
+from craken.zero import Keep, Place
+from craken.zero.building import settings as build_settings
 from craken.zero.building.settings import BuildSettings, say_what_has_no_effect
 from craken.zero.plans.policy import policy_for_stage
 

@@ -122,7 +122,7 @@ def test_pages_that_fit_nobody_make_way() -> None:
 
 
 def test_a_system_that_cannot_move_pages_gives_new_ones(monkeypatch) -> None:
-    monkeypatch.setattr("craken.zero.room._remap", lambda source, target, size: False)
+    monkeypatch.setattr("craken.zero.memory.room._remap", lambda source, target, size: False)
     idle, first, second = a_room_and_an_empty_one(1 << 20)
     first.give_back()
     second.take()
