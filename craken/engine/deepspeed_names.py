@@ -150,6 +150,7 @@ class DeepSpeedEngine(Engine):
         `checkpoint.async_save` it returns once the state is copied, and raises what went wrong with the save before.
         """
         self.standing.check("save_checkpoint()")
+        self._reducer.let_go_of_taken()
         name = f"global_step{self.global_steps}" if tag is None else str(tag)
         saving.save(
             self,

@@ -263,9 +263,7 @@ class GradientReducer:
 
         What a failed backward had reduced stays.
         """
-        for group in self._groups:
-            if group.gradients.taken is not None:
-                group.gradients.drop()
+        self.let_go_of_taken()
         was_under_way = self._knows_its_end or self._callback is not None or self.is_running
         self._forget_end()
         if self.is_running:
@@ -274,6 +272,12 @@ class GradientReducer:
         self._occasion = _NO_OCCASION
         if was_under_way and self.observer is not None:
             self.observer.backward_ended()
+
+    def let_go_of_taken(self) -> None:
+        """Give back the memory of gradients that the last step took."""
+        for group in self._groups:
+            if group.gradients.taken is not None:
+                group.gradients.drop()
 
     def _forget_end(self) -> None:
         self._knows_its_end, self._callback = False, None

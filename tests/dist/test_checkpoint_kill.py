@@ -1,8 +1,9 @@
 """Ranks killed at chosen points of a save, on a busy machine, time and again in one run: it ends as if never killed.
 
 Each life of the run loads what `latest` names, takes a step and saves it twice, under a new tag and under one that
-exists; in the background, it takes a step more meanwhile. One rank kills itself with SIGKILL at a call that touches the disk: before it, after it, or half-way through a
-write. Points are drawn from those that a save was seen to pass, every kind of call alike, with a fixed seed.
+exists; in the background, it takes a step more meanwhile. One rank kills itself with SIGKILL at a call that touches the
+disk: before it, after it, or half-way through a write. Points are drawn from those that a save was seen to pass, every
+kind of call alike, with a fixed seed.
 """
 
 from __future__ import annotations
@@ -24,13 +25,14 @@ import torch.distributed as dist
 
 from craken.checkpoint import Reader, list_tags, verify
 from craken.checkpoint import folder as folders
+from craken.disk.settings import round_down
 from tests.dist.topologies import Topology, start, train
 from tests.pool import Pool, RanksFailed, new_pool
 
 TOPOLOGY = Topology(2, 2)
 NUM_KILLS, STEPS_AFTER = {"at once": 20, "in the background": 6}, 2
 REPLACED = "pytorch_model"
-CALLS = ("pwrite", "fsync", "mkdir", "rename", "replace", "unlink", "rmdir", "exchange")
+CALLS = ("pwritev", "fsync", "mkdir", "rename", "replace", "unlink", "rmdir", "exchange")
 
 
 class Point(NamedTuple):
@@ -49,8 +51,9 @@ def watched(seen: Callable[[str], Literal["before", "half-way", "after"] | None]
     def wrapped(name: str, real: Any) -> Any:
         def call(*args: Any, **options: Any) -> Any:
             when = seen(name)
-            if when == "half-way" and name == "pwrite":
-                real(args[0], args[1][: len(args[1]) // 2], args[2])
+            if when == "half-way" and name == "pwritev":
+                (data,) = args[1]
+                real(args[0], [data[: round_down(len(data) // 2)]], args[2])
             if when in ("before", "half-way"):
                 os.kill(os.getpid(), signal.SIGKILL)
             result = real(*args, **options)
@@ -152,7 +155,7 @@ def chosen_points(calls_by_rank: list[list[str]], num_kills: int) -> list[Point]
     kinds = [(rank, name) for name in CALLS for rank, calls in enumerate(calls_by_rank) if name in calls]
     for rank, name in itertools.islice(itertools.cycle(kinds), num_kills):
         number = chosen.randrange(calls_by_rank[rank].count(name))
-        moments = ("before", "half-way", "after") if name == "pwrite" else ("before", "after")
+        moments = ("before", "half-way", "after") if name == "pwritev" else ("before", "after")
         points.append(Point(rank, name, number, chosen.choice(moments)))  # type: ignore[arg-type]
     return points
 
@@ -171,7 +174,7 @@ def test_kills_in_the_middle_of_a_save_lose_no_checkpoint(pool: Pool, tmp_path: 
     pool.run(one_life, 2, (str(folder), str(tmp_path), how, None))
     calls_by_rank = pool.run(one_life, 2, (str(folder), str(tmp_path), how, None))
     points, step = chosen_points(calls_by_rank, NUM_KILLS[how]), step_of_whole_folder(folder)
-    assert {point.call for point in points} >= {"pwrite", "fsync", "rename"}
+    assert {point.call for point in points} >= {"pwritev", "fsync", "rename"}
     for point in points:
         with pytest.raises(RanksFailed, match="SIGKILL"):
             pool.run(one_life, 2, (str(folder), str(tmp_path), how, point))

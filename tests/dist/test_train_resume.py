@@ -30,11 +30,11 @@ def train(*argv: str) -> Run:
     from rich.console import Console
 
     from craken.comm import broadcast_object, init_distributed, world_axis
+    from craken.stop import StopRequest
     from craken.train.arguments import parse, resolve, save_given
     from craken.train.loop import Trainer
     from craken.train.prepare import prepare
     from craken.train.progress import PrepareProgress
-    from craken.train.stop import StopRequest
     from craken.train.windows import Windows
 
     shown = Console(file=io.StringIO())

@@ -77,7 +77,7 @@ def safe_get_full_fp32_param(param: nn.Parameter) -> Tensor | None:
 def safe_get_full_grad(param: nn.Parameter) -> Tensor | None:
     """Return the whole gradient in fp32: the mean over ranks, loss scale divided out. Collective.
 
-    After a step, the one that it took, clipped, until the next forward or backward begins. None where there is none:
+    After a step, the one that it took, clipped, until the next forward, backward or save. None where there is none:
     before a backward, at stages 0 and 1 before the boundary's, after a step that was skipped, and after one whose
     states have left the device.
     """
