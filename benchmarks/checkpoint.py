@@ -9,7 +9,7 @@ each way in turn, round after round; a time is the slowest rank's, from barrier 
 
     loop      one write call of 8 MiB after another, then fsync (`dd bs=8M conv=fsync`); reads likewise
     direct    the same past the page cache (`dd oflag=direct`)
-    craken    `save` with every checksum and the index; `Reader.read` into tensors that are there, every block checked
+    craken    `save` with every checksum and the index; `Reader.read_all` into tensors that are there, all blocks checked
     torch     `torch.save` of a dict on each rank; `torch.load`
     dcp       `torch.distributed.checkpoint`, its files synced; loaded into tensors that are there
 
@@ -96,11 +96,10 @@ class Craken:
         save(folder, "tag", pieces=pieces, axis=world_axis(), rank_state={}, shared_state={})
 
     def load(self, folder: Path, state: State) -> State:
-        from craken.checkpoint import Reader
+        from craken.checkpoint import Reader, Wish
 
-        reader = Reader(folder)
-        for name, tensor in state.items():
-            reader.read(name.split("/")[0], self._spec(name, tensor), tensor)
+        wishes = [Wish(name.split("/")[0], self._spec(name, tensor), tensor) for name, tensor in state.items()]
+        Reader(folder).read_all(wishes)
         return state
 
     def _spec(self, name: str, tensor: Tensor) -> Any:

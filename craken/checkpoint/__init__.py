@@ -7,7 +7,7 @@ from craken.checkpoint.entry import Piece
 from craken.checkpoint.errors import CheckpointDamaged, CheckpointNotFound
 from craken.checkpoint.folder import latest_tag, list_tags
 from craken.checkpoint.place import Place, place_of
-from craken.checkpoint.reader import Reader
+from craken.checkpoint.reader import Reader, Wish
 from craken.checkpoint.retention import newest_first, newest_whole
 from craken.checkpoint.saver import Target, save
 from craken.checkpoint.verifier import Damage, verify
@@ -22,6 +22,7 @@ __all__ = [
     "Reader",
     "Stall",
     "Target",
+    "Wish",
     "clone_tensors_for_torch_save",
     "latest_tag",
     "list_tags",

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import os
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from craken.checkpoint import folder as folders
-from craken.checkpoint.blocks import ComingBlock, Submit, at_once, begin_block, size_problem
+from craken.checkpoint.blocks import ComingBlock, at_once, begin_block, size_problem
 from craken.checkpoint.entry import (
     RANK_STATE,
     RESERVED_KINDS,
@@ -35,6 +35,18 @@ from craken.spec import ShardSpec
 _NUM_THREADS = 4
 _NUM_BLOCKS = 4  # on their way at a time
 _SMALL_BYTES = 1 << 20  # up to here waking a thread costs more than it saves
+
+
+class Wish(NamedTuple):
+    """A range of a tensor, and the memory for it: contiguous, `spec.numel` elements, on any device.
+
+    is_shared: other processes of this host read the same range; it then comes through the page cache.
+    """
+
+    kind: str
+    spec: ShardSpec
+    out: Tensor
+    is_shared: bool = False
 
 
 class Reader:
@@ -99,24 +111,46 @@ class Reader:
         return dtype_of(self._record(kind, fqn).dtype)
 
     def read(self, kind: str, spec: ShardSpec, out: Tensor, *, is_shared: bool = False) -> None:
-        """Fill `out` (contiguous, `spec.numel` elements, any device) with the range that `spec` names.
+        """Fill `out` with the range that `spec` names, as `read_all` does for several."""
+        self.read_all([Wish(kind, spec, out, is_shared)])
 
-        is_shared: other processes of this host read the same range; it then comes through the page cache. Holds up to
-        four blocks (32 MiB) where `out` is on a device or blocks reach beyond the range, else 4 MiB besides `out`.
+    def read_all(self, wishes: Iterable[Wish]) -> None:
+        """Fill the `out` of each wish, one after another: the blocks of the next come while those of one are checked.
 
-        ValueError when `out` or `spec` does not fit what is stored (nothing is converted); CheckpointDamaged, with
-        `out` in an undefined state, when a block cannot be read or its checksum does not fit.
+        Holds up to four blocks (32 MiB) where an `out` is on a device or blocks reach beyond its range, else 4 MiB
+        besides. ValueError when an `out` or `spec` does not fit what is stored (nothing is converted);
+        CheckpointDamaged, with every `out` in an undefined state, when a block cannot be read or its checksum does not
+        fit.
         """
-        record = self._record(kind, spec.fqn)
-        _check_fits(record, spec, out)
-        itemsize = out.dtype.itemsize
-        block_bytes = self._index.block_bytes
-        with record_function(f"craken::checkpoint::read ({kind} {spec.fqn})"):
-            reads = plan_reads(record, spec.offset, spec.numel, itemsize=itemsize, block_bytes=block_bytes)
-            is_small = sum(read.num_bytes for read in reads) <= _SMALL_BYTES
-            submit = at_once if is_small else self._threads.submit
-            with _open_all(self.path, reads, is_shared=is_shared) as files:
-                _read_all(self.path, files, reads, out, record, submit)
+        arrivals: deque[_Arrival] = deque()
+        with record_function("craken::checkpoint::read"), ExitStack() as stack:
+            files = _Files(self.path, stack)
+            try:
+                for wish in wishes:
+                    for arrival in self._begin(wish, files):
+                        arrivals.append(arrival)
+                        if len(arrivals) == _NUM_BLOCKS:
+                            arrivals.popleft().land()
+                while arrivals:
+                    arrivals.popleft().land()
+            finally:
+                for arrival in arrivals:
+                    arrival.block.settle()
+
+    def _begin(self, wish: Wish, files: _Files) -> Iterator[_Arrival]:
+        """Start to read what a wish needs, a block at each step."""
+        record, out = self._record(wish.kind, wish.spec.fqn), wish.out
+        _check_fits(record, wish.spec, out)
+        itemsize, block_bytes = out.dtype.itemsize, self._index.block_bytes
+        reads = plan_reads(record, wish.spec.offset, wish.spec.numel, itemsize=itemsize, block_bytes=block_bytes)
+        is_small = sum(read.num_bytes for read in reads) <= _SMALL_BYTES
+        submit = at_once if is_small else self._threads.submit
+        for read in reads:
+            in_place = read.is_whole and in_host_memory(out)
+            scratch = None if in_place else torch.empty(read.num_bytes, dtype=torch.uint8, device="cpu")
+            memory = memory_of(_place_in(out, read) if scratch is None else scratch)
+            file = files.open(read.file, is_shared=wish.is_shared)
+            yield _Arrival(begin_block(self.path, file, read, memory, record, submit), read, scratch, out)
 
     def read_full(self, kind: str, fqn: str) -> Tensor:
         """Return a whole tensor, new, on the CPU."""
@@ -158,46 +192,32 @@ class _Arrival(NamedTuple):
     block: ComingBlock
     read: BlockRead
     scratch: Tensor | None
+    out: Tensor
 
-    def land(self, out: Tensor) -> None:
+    def land(self) -> None:
         """Check the block, and put what is wanted of it where it belongs."""
         self.block.check()
         if self.scratch is not None:
-            _place_in(out, self.read).copy_(self.scratch[self.read.skip : self.read.skip + self.read.take])
+            _place_in(self.out, self.read).copy_(self.scratch[self.read.skip : self.read.skip + self.read.take])
 
 
 def _place_in(out: Tensor, read: BlockRead) -> Tensor:  # uint8 [take]
     return bytes_of(out)[read.into : read.into + read.take]
 
 
-def _read_all(
-    path: Place, files: dict[str, OpenFile], reads: list[BlockRead], out: Tensor, record: TensorRecord, submit: Submit
-) -> None:
-    """Read and check the blocks in order, some ahead of the one that is checked; `out` is the caller's on return."""
-    arrivals: deque[_Arrival] = deque()
-    try:
-        for read in reads:
-            if len(arrivals) == _NUM_BLOCKS:
-                arrivals.popleft().land(out)
-            in_place = read.is_whole and in_host_memory(out)
-            scratch = None if in_place else torch.empty(read.num_bytes, dtype=torch.uint8, device="cpu")
-            memory = memory_of(_place_in(out, read) if scratch is None else scratch)
-            block = begin_block(path, files[read.file], read, memory, record, submit)
-            arrivals.append(_Arrival(block, read, scratch))
-        while arrivals:
-            arrivals.popleft().land(out)
-    finally:
-        for arrival in arrivals:
-            arrival.block.settle()
+class _Files:
+    """The files of a checkpoint that are open for a while."""
 
+    def __init__(self, folder: Place, stack: ExitStack) -> None:
+        self._folder, self._stack = folder, stack
+        self._open: dict[tuple[str, bool], OpenFile] = {}
 
-@contextmanager
-def _open_all(folder: Place, reads: list[BlockRead], *, is_shared: bool) -> Iterator[dict[str, OpenFile]]:
-    with ExitStack() as stack:
-        files: dict[str, OpenFile] = {}
-        for name in dict.fromkeys(read.file for read in reads):
+    def open(self, name: str, *, is_shared: bool) -> OpenFile:
+        """Return a file, opened at the first call; CheckpointDamaged if it is missing."""
+        if (name, is_shared) not in self._open:
             try:
-                files[name] = stack.enter_context(closing(open_file(folder / name, is_shared=is_shared)))
+                file = open_file(self._folder / name, is_shared=is_shared)
             except FileNotFoundError as error:
-                raise CheckpointDamaged(f"{folder / name} is missing; load another tag") from error
-        yield files
+                raise CheckpointDamaged(f"{self._folder / name} is missing; load another tag") from error
+            self._open[name, is_shared] = self._stack.enter_context(closing(file))
+        return self._open[name, is_shared]

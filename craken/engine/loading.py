@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from craken.checkpoint import Place, Reader, latest_tag, run_on_all
+from craken.checkpoint import Place, Reader, Wish, latest_tag, run_on_all
 from craken.comm import MeshAxis, get_accelerator
 from craken.engine.engine import Engine
 from craken.engine.saving import BUFFER, FROZEN, whole_tensors
@@ -23,8 +23,6 @@ from craken.precision import DynamicLossScale
 from craken.spec import ShardSpec
 from craken.zero import can_load, whole_shape
 from craken.zero import state as zero_state
-
-Read = Callable[[str, ShardSpec, Tensor], None]
 
 
 @dataclass(frozen=True)
@@ -47,6 +45,10 @@ def load(
     checkpoint has been loaded.
     """
     axis = engine.parts.axis
+    if engine.parts.config.checkpoint.load_universal:
+        warn_once(
+            "checkpoint.load_universal asks for nothing: every checkpoint loads on any number of ranks, at any stage"
+        )
     tag = _agreed_tag(folder, tag, axis)
     if tag is None:
         warn_once(f"{folder} has no file `latest`: nothing was loaded; pass tag=... to name a checkpoint in it")
@@ -131,34 +133,52 @@ def _some(names: Iterable[str]) -> str:
     return ", ".join([first, *rest[:3]]) + (f" and {len(rest) - 3} more" if len(rest) > 3 else "")
 
 
-def _converting(reader: Reader, num_ranks: int) -> Read:
-    """Return a `read(kind, spec, out [spec.numel])` that takes floating-point numbers of any dtype."""
+class _Reading:
+    """Collects what is to be read, so that tensors come one behind the other; floating-point numbers of any dtype."""
 
-    def read(kind: str, spec: ShardSpec, out: Tensor) -> None:
-        stored = reader.dtype(kind, spec.fqn)
-        is_shared = num_ranks > 1 and spec.numel == spec.global_numel  # then it is whole on the others, too
-        if stored == out.dtype or not (stored.is_floating_point and out.is_floating_point()):
-            reader.read(kind, spec, out, is_shared=is_shared)
-            return
-        as_stored = torch.empty(spec.numel, dtype=stored, device="cpu")  # [spec.numel]
-        reader.read(kind, spec, as_stored, is_shared=is_shared)
+    def __init__(self, reader: Reader, num_ranks: int) -> None:
+        self._reader, self._num_ranks = reader, num_ranks
+        self._wishes: list[Wish] = []
+
+    def add(self, kind: str, spec: ShardSpec, out: Tensor) -> None:
+        """Have `out` [spec.numel] filled by the end of `finish`."""
+        stored = self._reader.dtype(kind, spec.fqn)
+        if stored != out.dtype and stored.is_floating_point and out.is_floating_point():
+            self.now(kind, spec, out)
+        else:
+            self._wishes.append(self._wish(kind, spec, out))
+
+    def now(self, kind: str, spec: ShardSpec, out: Tensor) -> None:
+        """Fill `out` [spec.numel] at once."""
+        as_stored = torch.empty(spec.numel, dtype=self._reader.dtype(kind, spec.fqn), device="cpu")
+        self._reader.read_all([self._wish(kind, spec, as_stored)])
         out.copy_(as_stored)
 
-    return read
+    def finish(self) -> None:
+        """Read what was collected."""
+        self._reader.read_all(self._wishes)
+
+    def _wish(self, kind: str, spec: ShardSpec, out: Tensor) -> Wish:
+        is_shared = self._num_ranks > 1 and spec.numel == spec.global_numel  # then it is whole on the others, too
+        return Wish(kind, spec, out, is_shared)
 
 
 def _load_module(engine: Engine, reader: Reader, kinds: Mapping[str, str]) -> tuple[None, None]:
-    read = _converting(reader, engine.parts.axis.size)
-    zero_state.load_weights(engine.groups, lambda spec, out: read(kinds[spec.fqn], spec, out))
+    reading = _Reading(reader, engine.parts.axis.size)
+    zero_state.load_weights(engine.groups, lambda spec, out: reading.add(kinds[spec.fqn], spec, out))
     for spec, tensor in zero_state.frozen_pieces(engine.parts.layers.frozen):
         if spec.fqn in kinds:
-            read(kinds[spec.fqn], spec, tensor)
+            reading.add(kinds[spec.fqn], spec, tensor)
     for _, name, tensor in whole_tensors(engine):
         if name in kinds:
-            flat = tensor.detach().contiguous().view(-1)
-            read(kinds[name], ShardSpec(name, tuple(tensor.shape), 0, tensor.numel()), flat)
-            if not tensor.is_contiguous():
+            spec = ShardSpec(name, tuple(tensor.shape), 0, tensor.numel())
+            if tensor.is_contiguous():
+                reading.add(kinds[name], spec, tensor.detach().view(-1))
+            else:
+                flat = torch.empty(spec.numel, dtype=tensor.dtype, device=tensor.device)
+                reading.now(kinds[name], spec, flat)
                 tensor.detach().copy_(flat.view(tensor.shape))
+    reading.finish()
     return None, None
 
 
@@ -211,13 +231,10 @@ def _resume_step(engine: Engine, restored: _Restored, *, is_possible: bool, path
 def _load_optimizer(engine: Engine, reader: Reader, saved: dict[str, Any], own: dict[str, Any]) -> None:
     binding, swap = engine.parts.binding, engine.parts.swap
     assert binding is not None
-    zero_state.load_optimizer(
-        binding,
-        _kinds_by_name(reader),
-        _converting(reader, engine.parts.axis.size),
-        saved,
-        zero_state.empty_state if swap is None else swap.empty_state,
-    )
+    reading = _Reading(reader, engine.parts.axis.size)
+    new_state = zero_state.empty_state if swap is None else swap.empty_state
+    zero_state.load_optimizer(binding, _kinds_by_name(reader), reading.add, saved, new_state)
+    reading.finish()
     if saved.get("is_partly_of_ranks"):
         if not own:
             raise ValueError(

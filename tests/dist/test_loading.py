@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -30,7 +31,10 @@ class TwoLayers(nn.Module):
 def start(stage: int, model: nn.Module | None = None, seed: int = 0, **arguments: Any) -> Any:
     import craken
 
-    sections = {"zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0}}
+    sections = {
+        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
+        "checkpoint": arguments.pop("checkpoint", {}),
+    }
     optimizer = {} if "optimizer" in arguments else {"optimizer": arguments.pop("section", SGD)}
     config = {"train_micro_batch_size_per_gpu": 1, **sections, **{key: value for key, value in optimizer.items() if value}}
     if model is None:
@@ -82,6 +86,34 @@ def loaded_for_another_use(folder: str, stage: int) -> None:
 @pytest.mark.parametrize("stage", [0, 2, 3])
 def test_weights_load_whether_they_are_and_were_trained_or_not(run_ranks, tmp_path, stage) -> None:
     run_ranks(loaded_for_another_use, 2, str(tmp_path), stage)
+
+
+def saved_without_frozen(folder: str) -> None:
+    from craken.checkpoint import Reader
+
+    engine = start(3, TwoLayers("last"))
+    take_step(engine)
+    engine.save_checkpoint(folder, exclude_frozen_parameters=True)
+    expected = weights(engine)
+    engine.destroy()
+    assert {name for kind in Reader(folder).kinds() for name in Reader(folder).names(kind)} == {"last.weight", "last.bias"}
+    torch.manual_seed(5)
+    engine = start(2, TwoLayers("last"), checkpoint={"load_universal": True})
+    own = weights(engine)
+    with pytest.raises(ValueError, match=r"it lacks first.bias, first.weight\. .* load_module_strict=False"):
+        engine.load_checkpoint(folder)
+    with mock.patch("craken.engine.loading.log_dist") as said, mock.patch("craken.engine.loading.warn_once") as warned:
+        engine.load_checkpoint(folder, load_module_strict=False)
+    assert any("does not hold first.bias, first.weight: left as they are" in str(call) for call in said.mock_calls)
+    assert "load_universal asks for nothing" in str(warned.mock_calls)
+    found = weights(engine)
+    assert found == {name: (own if name.startswith("first") else expected)[name] for name in expected}
+    assert found != expected
+    engine.destroy()
+
+
+def test_frozen_weights_that_were_left_out_stay_as_they_are(run_ranks, tmp_path) -> None:
+    run_ranks(saved_without_frozen, 2, str(tmp_path))
 
 
 def misfits(folder: str) -> list[str]:

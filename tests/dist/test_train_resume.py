@@ -1,4 +1,4 @@
-"""`craken train` goes on with its curve on another number of ranks, beyond the end of an epoch too."""
+"""`craken train` on the pool: its curve goes on on other ranks, beyond an epoch too; the shipped configurations train."""
 
 from __future__ import annotations
 
@@ -82,3 +82,13 @@ def test_the_curve_goes_on_and_a_step_keeps_its_sequences(run_ranks, tmp_path, w
     said = f"keeps its 32 sequences: accumulation {batch[2]} instead of 8"
     assert run.shown.count(said) == ("--accumulation" not in flags)
 
+
+
+@pytest.mark.parametrize("number", [1, 3])
+def test_the_configuration_files_that_are_shipped_train(run_ranks, tmp_path, number) -> None:
+    (tmp_path / "text.py").write_text(TEXT, "utf-8")
+    file = Path(__file__).resolve().parents[2] / "configs" / f"ds_zero{number}_config.json"
+    paths = ["--data", str(tmp_path / "text.py"), "--config", str(file), "--output", str(tmp_path / "out")]
+    run = run_ranks(train, 2, "--model", "tiny", "--seq-len", "32", "--steps", "2", "--eval-every", "2", *paths)[0]
+    assert len(run.losses) == 2
+    assert run.losses[1] != run.losses[0]

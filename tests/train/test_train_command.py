@@ -223,14 +223,13 @@ def test_a_launchers_ranks_are_used_as_they_are(place) -> None:
     assert result.stdout.count("done: 2 steps") == 1
 
 
-@pytest.mark.parametrize("number", [1, 2, 3])
-def test_the_configuration_files_that_are_shipped_train(place, number) -> None:
-    file = Path(__file__).resolve().parents[2] / "configs" / f"ds_zero{number}_config.json"
-    argv = ["--config", str(file), "--steps", "2", "--data", "text", "--output", f"file{number}", "--eval-every", "2"]
+def test_a_configuration_file_that_is_shipped_trains(place) -> None:  # the others: tests/dist/test_train_resume.py
+    file = Path(__file__).resolve().parents[2] / "configs" / "ds_zero2_config.json"
+    argv = ["--config", str(file), "--steps", "2", "--data", "text", "--output", "file2", "--eval-every", "2"]
     result = _run(place, "--model", "tiny", "--seq-len", "32", *argv)
     assert result.returncode == 0, result.stderr
-    assert f"ZeRO stage {number}" in " ".join(result.stdout.split()) or f"ZeRO-{number}" in result.stdout
-    assert [row["step"] for row in _rows(place / f"file{number}") if "loss" in row] == [1, 2]
+    assert "ZeRO stage 2" in " ".join(result.stdout.split()) or "ZeRO-2" in result.stdout
+    assert [row["step"] for row in _rows(place / "file2") if "loss" in row] == [1, 2]
 
 
 MISTAKES = [
