@@ -9,7 +9,7 @@ each way in turn, round after round; a time is the slowest rank's, from barrier 
 
     loop      one write call of 8 MiB after another, then fsync (`dd bs=8M conv=fsync`); reads likewise
     direct    the same past the page cache (`dd oflag=direct`)
-    craken    `save` with every checksum and the index; `Reader.read_all` into tensors that are there, all blocks checked
+    craken    `save` with all checksums and the index; `Reader.read_all` into tensors that are there, all blocks checked
     torch     `torch.save` of a dict on each rank; `torch.load`
     dcp       `torch.distributed.checkpoint`, its files synced; loaded into tensors that are there
 
