@@ -34,6 +34,7 @@ from craken.spec import ShardSpec
 
 _NUM_THREADS = 4
 _NUM_BLOCKS = 4  # on their way at a time
+_SCRATCH_BYTES = 4 << 20  # in blocks of which a part is wanted, with one block more
 _SMALL_BYTES = 1 << 20  # up to here waking a thread costs more than it saves
 
 
@@ -117,25 +118,14 @@ class Reader:
     def read_all(self, wishes: Iterable[Wish]) -> None:
         """Fill the `out` of each wish, one after another: the blocks of the next come while those of one are checked.
 
-        Holds up to four blocks (32 MiB) where an `out` is on a device or blocks reach beyond its range, else 4 MiB
+        Holds up to 12 MiB where an `out` is on a device or blocks reach beyond its range, else 4 MiB
         besides. ValueError when an `out` or `spec` does not fit what is stored (nothing is converted);
         CheckpointDamaged, with every `out` in an undefined state, when a block cannot be read or its checksum does not
         fit.
         """
-        arrivals: deque[_Arrival] = deque()
         with record_function("craken::checkpoint::read"), ExitStack() as stack:
             files = _Files(self.path, stack)
-            try:
-                for wish in wishes:
-                    for arrival in self._begin(wish, files):
-                        arrivals.append(arrival)
-                        if len(arrivals) == _NUM_BLOCKS:
-                            arrivals.popleft().land()
-                while arrivals:
-                    arrivals.popleft().land()
-            finally:
-                for arrival in arrivals:
-                    arrival.block.settle()
+            _land_in_order(arrival for wish in wishes for arrival in self._begin(wish, files))
 
     def _begin(self, wish: Wish, files: _Files) -> Iterator[_Arrival]:
         """Start to read what a wish needs, a block at each step."""
@@ -199,6 +189,25 @@ class _Arrival(NamedTuple):
         self.block.check()
         if self.scratch is not None:
             _place_in(self.out, self.read).copy_(self.scratch[self.read.skip : self.read.skip + self.read.take])
+
+
+def _land_in_order(coming: Iterable[_Arrival]) -> None:
+    """Check blocks in order while those behind are on their way; all memory is the callers' again on return."""
+    arrivals: deque[_Arrival] = deque()
+    try:
+        for arrival in coming:
+            arrivals.append(arrival)
+            while len(arrivals) == _NUM_BLOCKS or _scratch_bytes(arrivals) > _SCRATCH_BYTES:
+                arrivals.popleft().land()
+        while arrivals:
+            arrivals.popleft().land()
+    finally:
+        for arrival in arrivals:
+            arrival.block.settle()
+
+
+def _scratch_bytes(arrivals: Iterable[_Arrival]) -> int:
+    return sum(arrival.read.num_bytes for arrival in arrivals if arrival.scratch is not None)
 
 
 def _place_in(out: Tensor, read: BlockRead) -> Tensor:  # uint8 [take]
