@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import shutil
@@ -84,11 +85,24 @@ def test_the_curve_goes_on_and_a_step_keeps_its_sequences(run_ranks, tmp_path, w
 
 
 
+def command(*argv: str) -> tuple[int, str]:
+    """Collective: run the whole command, as on the ranks of a launcher; returns its exit code and what it showed."""
+    from craken.stop import StopRequest
+    from craken.train.command import main
+
+    shown = io.StringIO()
+    with contextlib.redirect_stdout(shown):
+        return main(list(argv), request=StopRequest()), shown.getvalue()
+
+
 @pytest.mark.parametrize("number", [1, 3])
 def test_the_configuration_files_that_are_shipped_train(run_ranks, tmp_path, number) -> None:
     (tmp_path / "text.py").write_text(TEXT, "utf-8")
     file = Path(__file__).resolve().parents[2] / "configs" / f"ds_zero{number}_config.json"
     paths = ["--data", str(tmp_path / "text.py"), "--config", str(file), "--output", str(tmp_path / "out")]
-    run = run_ranks(train, 2, "--model", "tiny", "--seq-len", "32", "--steps", "2", "--eval-every", "2", *paths)[0]
-    assert len(run.losses) == 2
-    assert run.losses[1] != run.losses[0]
+    flags = ["--model", "tiny", "--seq-len", "32", "--steps", "2", "--eval-every", "2"]
+    code, shown = run_ranks(command, 2, *flags, *paths, joins_world=False)[0]
+    assert code == 0
+    assert f"ZeRO stage {number}" in " ".join(shown.split()) or f"ZeRO-{number}" in shown
+    rows = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text("utf-8").splitlines()]
+    assert [row["step"] for row in rows if "loss" in row] == [1, 2]

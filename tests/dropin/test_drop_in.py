@@ -117,17 +117,16 @@ for ask in (lambda: deepspeed.tp_model_init(None), groups._get_sequence_parallel
 def test_importing_it_is_cheap_and_loads_no_client() -> None:
     code = f"""
 import sys, time
-begin_s = time.process_time()
 import torch
-torch_s = time.process_time() - begin_s
+begin_s = time.process_time()
 import deepspeed
-print((time.process_time() - begin_s - torch_s) / torch_s)
+print(time.process_time() - begin_s)
 loaded = [name for name in {CLIENTS} if name in sys.modules]
 assert not loaded, loaded
 assert not torch.distributed.is_initialized() and not torch.cuda.is_initialized()
 """
-    shares = [float(_from_tree(code, PYTHONDONTWRITEBYTECODE="")) for _ in range(2)]  # the first may have to compile
-    assert min(shares) < 0.3  # of torch's own time, of which it takes 0.15 to 0.2, wherever that is
+    # with compiled files kept, as they are wherever nobody turns that off; the first run may have to write them
+    assert min(float(_from_tree(code, PYTHONDONTWRITEBYTECODE="")) for _ in range(2)) < 0.5
 
 
 @pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
