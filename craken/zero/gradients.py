@@ -3,7 +3,7 @@
     accumulate    autograd's tensor -> `pending` (scratch, full)
     start_reduce  pending -> shards: a reduce-scatter leaves; with the optimizer FULL an all-gather follows it
     finish        the sum is in `reduced` (this rank's shard, or the full buffer), pending is free again
-    spend         a step has taken the sum: users may read it until the next forward or backward begins
+    spend         a step has taken the sum: users may read it until the next forward, backward or save
     replicas      where shards are repeated: at the boundary, the sum of the shard's sums on all ranks that hold it
 
 Buffers have the layout of the group's flat buffer. Sums are over ranks and micro-batches; the division by their number
@@ -48,7 +48,8 @@ class GroupGradients:
         self.dtype, self.rules, self.wire = dtype, rules, wire
         self._pending: Tensor | None = None
         self._places: list[Tensor] = []  # each parameter's, in pending; made when the first is needed
-        self._filled, self.touched = ([False] * len(shapes) for _ in range(2))
+        self._filled = [False] * len(shapes)
+        self.touched = [False] * len(shapes)
         self._travelling: Tensor | None = None
         self._work: Pending | None = None
         self._reduced_shard: Tensor | None = None
@@ -113,7 +114,7 @@ class GroupGradients:
 
     def accumulate(self, slot: int, grad: Tensor, factor: float) -> None:
         """Take a parameter's gradient, times `factor`; autograd's tensor is not needed afterwards."""
-        if self._can_adopt(grad, factor):
+        if _can_adopt(self, grad, factor):
             self._pending = grad.view(-1)
         else:
             self._add(slot, grad if grad.layout is torch.strided else grad.to_dense(), factor)
@@ -131,22 +132,6 @@ class GroupGradients:
             place.copy_(grad)
         else:
             torch.mul(grad, factor, out=place) if grad.dtype == place.dtype else place.copy_(grad).mul_(factor)
-
-    def _can_adopt(self, grad: Tensor, factor: float) -> bool:
-        """Say whether autograd's tensor can itself be the pending buffer: one parameter, no padding, no conversion.
-
-        The sum is written into it, so nobody else may hold its memory: two gradients can be views of one storage.
-        """
-        return (
-            len(self.shapes) == 1
-            and self._pending is None
-            and factor == 1.0
-            and grad.layout is torch.strided
-            and grad.is_contiguous()
-            and grad.dtype == self._pending_dtype
-            and grad.numel() == self.layout.padded_numel
-            and _is_sole_owner(grad)
-        )
 
     def start_reduce(self) -> None:
         """Collective over the axis: send what is pending (zeros where nothing came) on its way to the shards."""
@@ -175,10 +160,14 @@ class GroupGradients:
 
     def finish_gather(self) -> None:
         """Wait until this rank holds what the optimizer needs."""
-        if self._work is not None:
-            self._work.wait()
-            self._work = None
-            self._settle() if self._travelling is not None else self._settle_total()
+        if self._work is None:
+            return
+        self._work.wait()
+        self._work = None
+        if self._travelling is not None:
+            self._settle()
+        else:
+            self._settle_total()
 
     @property
     def _has_sum(self) -> bool:
@@ -290,8 +279,9 @@ class GroupGradients:
     @property
     def on_device(self) -> list[Tensor]:
         """The buffers that lie on the device now."""
-        held = (self._pending, self._travelling, self._retained, self._reduced_shard, self._total)
-        return [buffer for buffer in (*held, self.taken and self.taken[0]) if buffer is not None]
+        taken = None if self.taken is None else self.taken[0]
+        held = (self._pending, self._travelling, self._retained, self._reduced_shard, self._total, taken)
+        return [buffer for buffer in held if buffer is not None]
 
     @property
     def on_host(self) -> list[Tensor]:
@@ -318,7 +308,8 @@ class GroupGradients:
     def _forget(self) -> None:
         self._pending = self._retained = self._reduced_shard = self._total = self.taken = None
         self._places = []
-        self._filled, self.touched = ([False] * len(self.shapes) for _ in range(2))
+        self._filled = [False] * len(self.shapes)
+        self.touched = [False] * len(self.shapes)
         self.has_reduced = self._has_total = False
 
     def _own_part(self, flat: Tensor) -> Tensor:
@@ -362,6 +353,23 @@ def load_state(gradients: GroupGradients, state: dict[str, Any]) -> None:
         g._host.fill(state["host"])
     g._filled, g.touched = state["filled"], state["touched"]
     g.has_reduced, g._has_total = state["reduced"], state["has_total"]
+
+
+def _can_adopt(gradients: GroupGradients, grad: Tensor, factor: float) -> bool:
+    """Say whether autograd's tensor can itself be the pending buffer: one parameter, no padding, no conversion.
+
+    The sum is written into it, so nobody else may hold its memory: two gradients can be views of one storage.
+    """
+    return (
+        len(gradients.shapes) == 1
+        and not gradients.has_pending
+        and factor == 1.0
+        and grad.layout is torch.strided
+        and grad.is_contiguous()
+        and grad.dtype == gradients._pending_dtype
+        and grad.numel() == gradients.layout.padded_numel
+        and _is_sole_owner(grad)
+    )
 
 
 def _is_sole_owner(tensor: Tensor) -> bool:
