@@ -1,6 +1,6 @@
 """One format for every topology: safetensors shards that each rank writes, and one JSON index with checksums."""
 
-from craken.checkpoint.agreement import run_on_all
+from craken.checkpoint.agreement import do_on_all, run_on_all
 from craken.checkpoint.background import BackgroundSaver, Stall
 from craken.checkpoint.clone import clone_tensors_for_torch_save
 from craken.checkpoint.entry import Piece
@@ -24,6 +24,7 @@ __all__ = [
     "Target",
     "Wish",
     "clone_tensors_for_torch_save",
+    "do_on_all",
     "latest_tag",
     "list_tags",
     "newest_first",

@@ -35,6 +35,16 @@ def run_on_all(work: Callable[[], tuple[Mine, Told]], axis: MeshAxis, *, doing: 
     return mine, outcomes
 
 
+def do_on_all(work: Callable[[], object], axis: MeshAxis, *, doing: str) -> None:
+    """Collective over `axis`: run `work` on every rank; raises as `run_on_all` does."""
+
+    def done() -> tuple[None, None]:
+        work()
+        return None, None
+
+    run_on_all(done, axis, doing=doing)
+
+
 def failure_of(error: BaseException) -> Failure:
     """Return what other ranks are to know of an exception on this one."""
     kind = "input" if isinstance(error, ValueError) else "system" if isinstance(error, OSError) else "other"

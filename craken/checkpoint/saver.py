@@ -21,7 +21,7 @@ import torch
 from torch.profiler import record_function
 
 from craken.checkpoint import folder as folders
-from craken.checkpoint.agreement import run_on_all
+from craken.checkpoint.agreement import do_on_all, run_on_all
 from craken.checkpoint.blocks import BLOCK_BYTES
 from craken.checkpoint.entry import RANK_STATE, RESERVED_KINDS, SHARED_STATE, Entry, Piece, entry_of
 from craken.checkpoint.index import INDEX_NAME, WrittenFile, build_index, index_to_text
@@ -100,7 +100,7 @@ def save(
         try:
             tensors = [prepared.plan.pieces[i].tensor for i in prepared.to_write]
             _, files = run_on_all(lambda: (None, write(prepared, tensors, axis.rank)), axis, doing=target.doing)
-            run_on_all(lambda: (None, publish(prepared, files)), axis, doing=target.doing)
+            do_on_all(lambda: publish(prepared, files), axis, doing=target.doing)
         finally:
             if prepared.staging is not None:
                 folders.discard(prepared.staging)

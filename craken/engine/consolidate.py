@@ -34,13 +34,13 @@ def consolidated_state_dict(engine: Engine, *, exclude_frozen: bool) -> OrderedD
     return OrderedDict((name, copies[id(value)]) for name, value in kept.items() if id(value) in copies)
 
 
-def save_weights(state: OrderedDict[str, Tensor] | None, path: Path) -> tuple[None, None]:
+def save_weights(state: OrderedDict[str, Tensor] | None, path: Path) -> None:
     """Write a state dict, on the rank that has one: as safetensors, or (.bin, .pt, .pth) by torch.
 
     The file appears whole or not at all.
     """
     if state is None:
-        return None, None
+        return
     os.makedirs(path.parent, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -54,4 +54,3 @@ def save_weights(state: OrderedDict[str, Tensor] | None, path: Path) -> tuple[No
         beside.replace(path)
     finally:
         beside.unlink(missing_ok=True)
-    return None, None

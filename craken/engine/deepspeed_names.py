@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from craken.checkpoint import BackgroundSaver, Stall, Target, place_of, run_on_all
+from craken.checkpoint import BackgroundSaver, Stall, Target, do_on_all, place_of
 from craken.disk import Traffic
 from craken.engine import loading, saving
 from craken.engine.build import Parts
@@ -244,12 +244,9 @@ class DeepSpeedEngine(Engine):
                 "true, as it gathers the weights on rank 0's host"
             )
             return False
-        state, path = (
-            consolidated_state_dict(self, exclude_frozen=exclude_frozen_parameters),
-            Path(save_dir) / save_filename,
-        )
-        write = (lambda: None) if state is None else partial(save_weights, state, path)
-        run_on_all(lambda: (write(), None), self.parts.axis, doing=f"writing {path}")
+        state = consolidated_state_dict(self, exclude_frozen=exclude_frozen_parameters)
+        path = Path(save_dir) / save_filename
+        do_on_all(partial(save_weights, state, path), self.parts.axis, doing=f"writing {path}")
         return True
 
     save_fp16_model = save_16bit_model

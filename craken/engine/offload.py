@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from craken.checkpoint import run_on_all
+from craken.checkpoint import do_on_all, run_on_all
 from craken.comm import MeshAxis, gather_objects
 from craken.config import Config
 from craken.config.sections.zero import OffloadOptimizer, OffloadParam
@@ -111,12 +111,7 @@ def check_states_can_rest(config: Config, optimizer: Optimizer | None) -> None:
 
 def reserve_states(swap: StateSwap, optimizer: Optimizer, axis: MeshAxis) -> None:
     """Collective over `axis`: set space aside for the states that the optimizer will have; all ranks raise, or none."""
-
-    def reserve() -> tuple[None, None]:
-        swap.reserve(state_dtypes(optimizer))
-        return None, None
-
-    run_on_all(reserve, axis, doing="setting space aside for optimizer states")
+    do_on_all(lambda: swap.reserve(state_dtypes(optimizer)), axis, doing="setting space aside for optimizer states")
 
 
 def state_swap_for(config: Config, groups: list[ShardGroup], binding: Binding, shelf: Shelf) -> StateSwap | None:
