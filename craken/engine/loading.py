@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from craken.checkpoint import Place, Reader, Wish, latest_tag, run_on_all
+from craken.checkpoint import Place, Reader, Wish, do_on_all, latest_tag, run_on_all
 from craken.comm import MeshAxis, get_accelerator
 from craken.engine.engine import Engine
 from craken.engine.saving import BUFFER, FROZEN, whole_tensors
@@ -54,22 +54,24 @@ def load(
         warn_once(f"{folder} has no file `latest`: nothing was loaded; pass tag=... to name a checkpoint in it")
         return None, None
 
-    def look() -> tuple[tuple[Reader, dict[str, str]], str]:
+    def look() -> tuple[tuple[Reader, dict[str, str], dict[str, Any]], str]:
         reader = Reader(folder, tag)
-        kinds = _fitting(engine, reader, wanted)
-        return (reader, kinds), reader.fingerprint
+        kinds, state = _fitting(engine, reader, is_strict=wanted.is_strict), reader.shared_state
+        if wanted.optimizer and engine.parts.binding is not None and state["optimizer"] is not None:
+            zero_state.check_optimizer(engine.parts.binding, state["optimizer"])
+        return (reader, kinds, state), reader.fingerprint
 
-    (reader, kinds), fingerprints = run_on_all(look, axis, doing=f"loading checkpoint {tag} from {folder}")
+    (reader, kinds, state), fingerprints = run_on_all(look, axis, doing=f"loading checkpoint {tag} from {folder}")
     others = [rank for rank, fingerprint in enumerate(fingerprints) if fingerprint != fingerprints[0]]
     if others:
         raise ValueError(f"ranks {others} see another checkpoint at {reader.path} than rank 0: give all the same files")
     doing = f"loading {reader.path}"
     with engine.standing.tearing(doing):
-        run_on_all(partial(_load_module, engine, reader, kinds), axis, doing=doing)
+        do_on_all(partial(_load_module, engine, reader, kinds), axis, doing=doing)
         engine.discard_gradients()
         zero_state.refresh([*engine.groups, *engine.parts.layers.frozen])
         engine.renew_weights()
-        restored, can_all = run_on_all(lambda: _restore(engine, reader, wanted), axis, doing=doing)
+        restored, can_all = run_on_all(lambda: _restore(engine, reader, state, wanted), axis, doing=doing)
         if any(has_gradients for _, has_gradients in can_all):
             _resume_step(engine, restored, is_possible=all(can for can, _ in can_all), path=reader.path)
     log_dist(f"loaded {reader.path}")
@@ -79,19 +81,20 @@ def load(
 def _agreed_tag(folder: str | os.PathLike[str], tag: str | None, axis: MeshAxis) -> str | None:
     """Collective: return the tag that all ranks asked for, or the one that rank 0 finds in `latest`."""
 
-    def ask() -> tuple[None, str | None]:
-        return None, latest_tag(folder) if tag is None and axis.rank == 0 else tag
+    def ask() -> tuple[None, tuple[str | None, str | None]]:
+        return None, (tag, latest_tag(folder) if tag is None and axis.rank == 0 else None)
 
-    _, tags = run_on_all(ask, axis, doing=f"looking for a checkpoint in {folder}")
-    if len({*tags[1:], tag}) > 1 or (tag is not None and tags[0] != tag):
+    _, told = run_on_all(ask, axis, doing=f"looking for a checkpoint in {folder}")
+    tags = [asked for asked, _ in told]
+    if len(set(tags)) > 1:
         raise ValueError(f"load_checkpoint(): expected the same tag on all ranks, got {tags}")
-    return tags[0]
+    return told[0][1] if tag is None else tag
 
 
 # --- weights ----------------------------------------------------------------------------------------------------------
 
 
-def _fitting(engine: Engine, reader: Reader, wanted: Wanted) -> dict[str, str]:
+def _fitting(engine: Engine, reader: Reader, *, is_strict: bool) -> dict[str, str]:
     """Return the kind under which each tensor of the module was saved; ValueError where checkpoint and engine differ.
 
     A weight is one, whether it was trained when it was saved and is now or not.
@@ -104,7 +107,7 @@ def _fitting(engine: Engine, reader: Reader, wanted: Wanted) -> dict[str, str]:
     unknown = {name for name in kinds if name not in held and 0 not in reader.shape(kinds[name], name)}
     stored = {name: reader.shape(kinds[name], name) for name in held if name in kinds}
     wrong = {f"{name} {list(stored[name])} (here {list(held[name])})" for name in stored if stored[name] != held[name]}
-    if not wanted.is_strict:
+    if not is_strict:
         _say_what_stays(missing - trained, reader.path)
         missing, unknown = missing & trained, set()
     problems = {"it lacks": missing, "it has besides": unknown, "it has in other shapes": wrong}
@@ -114,12 +117,6 @@ def _fitting(engine: Engine, reader: Reader, wanted: Wanted) -> dict[str, str]:
             f"checkpoint {reader.path} does not fit this model: {in_words}. Build the model as it was, or pass "
             "load_module_strict=False where frozen parameters were left out"
         )
-    if (
-        wanted.optimizer
-        and engine.parts.binding is not None
-        and (saved := reader.shared_value("optimizer")) is not None
-    ):
-        zero_state.check_optimizer(engine.parts.binding, saved)
     return {name: kind for name, kind in kinds.items() if name in held}
 
 
@@ -163,7 +160,7 @@ class _Reading:
         return Wish(kind, spec, out, is_shared)
 
 
-def _load_module(engine: Engine, reader: Reader, kinds: Mapping[str, str]) -> tuple[None, None]:
+def _load_module(engine: Engine, reader: Reader, kinds: Mapping[str, str]) -> None:
     reading = _Reading(reader, engine.parts.axis.size)
     zero_state.load_weights(engine.groups, lambda spec, out: reading.add(kinds[spec.fqn], spec, out))
     for spec, tensor in zero_state.frozen_pieces(engine.parts.layers.frozen):
@@ -179,7 +176,6 @@ def _load_module(engine: Engine, reader: Reader, kinds: Mapping[str, str]) -> tu
                 reading.now(kinds[name], spec, flat)
                 tensor.detach().copy_(flat.view(tensor.shape))
     reading.finish()
-    return None, None
 
 
 # --- the rest ---------------------------------------------------------------------------------------------------------
@@ -194,9 +190,11 @@ class _Restored:
     gradients: dict[str, Any] | None = None
 
 
-def _restore(engine: Engine, reader: Reader, wanted: Wanted) -> tuple[_Restored, tuple[bool, bool]]:
+def _restore(
+    engine: Engine, reader: Reader, state: dict[str, Any], wanted: Wanted
+) -> tuple[_Restored, tuple[bool, bool]]:
     """Restore what is wanted besides the weights; also tell whether gradients can be taken, and whether any came."""
-    state, axis = reader.shared_state, engine.parts.axis
+    axis = engine.parts.axis
     # without a state for each rank where another number saved
     own = reader.rank_state(axis.rank) if reader.world_size == axis.size else {}
     if wanted.optimizer and engine.parts.binding is not None and state["optimizer"] is not None:

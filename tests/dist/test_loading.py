@@ -187,6 +187,9 @@ def seen_differently(folder: str) -> None:
     assert path.endswith("two")
     with pytest.raises(ValueError, match="expected the same tag on all ranks, got \\['one', 'two'\\]"):
         engine.load_checkpoint(mine, tag=("one", "two")[dist.get_rank()])
+    for tags in (("two", None), (None, "two")):  # `latest` of rank 0 names this one too
+        with pytest.raises(ValueError, match="expected the same tag on all ranks, got"):
+            engine.load_checkpoint(mine, tag=tags[dist.get_rank()])
     if dist.get_rank() == 1:
         Path(mine, "two").unlink()
         os.symlink(Path(folder, "one"), Path(mine, "two"))
