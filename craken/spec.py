@@ -1,9 +1,13 @@
-"""Frozen facts that rooms exchange: what part of which tensor a rank keeps."""
+"""Frozen facts that rooms exchange: what part of which tensor a rank keeps, and kinds of tensors."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+# kinds of tensors in a checkpoint: masters, weights that are not trained, buffers, and by its key a state of a master
+WEIGHT, FROZEN, BUFFER, OPTIMIZER = "weight", "frozen", "buffer", "optimizer."
 
 
 @dataclass(frozen=True)
@@ -25,6 +29,11 @@ class ShardSpec:
                 f"shard of {self.fqn}: range [{self.offset}, {self.offset + self.numel}) does not lie in "
                 f"[0, {self.global_numel}), the {self.global_numel} elements of shape {self.global_shape}"
             )
+
+    @classmethod
+    def whole(cls, fqn: str, shape: Sequence[int]) -> ShardSpec:
+        """Return the range that is all of a tensor."""
+        return cls(fqn, tuple(shape), 0, math.prod(shape))
 
     @property
     def global_numel(self) -> int:

@@ -14,9 +14,8 @@ from craken.checkpoint.index import INDEX_NAME
 from craken.checkpoint.lazy import LazyTensor
 from craken.checkpoint.place import Place, is_file, place_of
 from craken.checkpoint.reader import Reader
-from craken.spec import ShardSpec
+from craken.spec import BUFFER, FROZEN, WEIGHT, ShardSpec
 
-WEIGHT, FROZEN, BUFFER = "weight", "frozen", "buffer"
 _WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")  # torch.compile, activation checkpointing
 
 

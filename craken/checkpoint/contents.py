@@ -10,10 +10,11 @@ from typing import Any
 
 from craken.checkpoint import folder as folders
 from craken.checkpoint.blocks import size_problem
-from craken.checkpoint.consolidated import FROZEN, WEIGHT, locate
+from craken.checkpoint.consolidated import locate
 from craken.checkpoint.entry import dtype_of
 from craken.checkpoint.index import Index, TensorRecord, read_index
 from craken.checkpoint.place import Place, is_file, read_bytes
+from craken.spec import FROZEN, OPTIMIZER, WEIGHT
 
 _SHOWN_ITEMS = 6
 
@@ -92,7 +93,7 @@ def describe(checkpoint: str | os.PathLike[str], tag: str | None = None) -> Cont
         num_parameters=sum(fact.numel for fact in kinds if fact.kind in (WEIGHT, FROZEN)),
         progress={key: state.get(key) for key in ("global_steps", "skipped_steps", "micro_steps", "zero_stage")},
         optimizer=None if optimizer is None else [brief(group) for group in optimizer.get("groups", [])],
-        optimizer_states=[kind.kind.partition(".")[2] for kind in kinds if kind.kind.startswith("optimizer.")],
+        optimizer_states=[kind.kind.removeprefix(OPTIMIZER) for kind in kinds if kind.kind.startswith(OPTIMIZER)],
         loss_scale=brief(state.get("loss_scale")),
         lr_scheduler=brief(state.get("lr_scheduler")),
         dataloader=brief(state.get("dataloader")),

@@ -146,7 +146,7 @@ class Reader:
         """Return a whole tensor, new, on the CPU."""
         shape = self.shape(kind, fqn)
         out = torch.empty(shape, dtype=self.dtype(kind, fqn), device="cpu")
-        self.read(kind, ShardSpec(fqn, shape, 0, out.numel()), out)
+        self.read(kind, ShardSpec.whole(fqn, shape), out)
         return out
 
     def _record(self, kind: str, fqn: str) -> TensorRecord:

@@ -146,7 +146,7 @@ def make_plan(pieces: Iterable[Piece], rank_state: dict[str, Any], shared_state:
 
 
 def _state_piece(kind: str, fqn: str, tensor: torch.Tensor) -> Piece:
-    return Piece(kind, ShardSpec(fqn, tuple(tensor.shape), 0, tensor.numel()), tensor)
+    return Piece(kind, ShardSpec.whole(fqn, tensor.shape), tensor)
 
 
 def write(prepared: Prepared, tensors: Sequence[torch.Tensor], rank: int) -> WrittenFile:

@@ -17,10 +17,10 @@ from torch import Tensor
 from craken.checkpoint import Place, Reader, Wish, do_on_all, latest_tag, run_on_all
 from craken.comm import MeshAxis, get_accelerator
 from craken.engine.engine import Engine
-from craken.engine.saving import BUFFER, FROZEN, whole_tensors
+from craken.engine.saving import whole_tensors
 from craken.log import log_dist, warn_once
 from craken.precision import DynamicLossScale
-from craken.spec import ShardSpec
+from craken.spec import BUFFER, FROZEN, WEIGHT, ShardSpec
 from craken.zero import can_load, whole_shape
 from craken.zero import state as zero_state
 
@@ -99,7 +99,7 @@ def _fitting(engine: Engine, reader: Reader, *, is_strict: bool) -> dict[str, st
 
     A weight is one, whether it was trained when it was saved and is now or not.
     """
-    kinds = {name: kind for kind in (BUFFER, FROZEN, zero_state.WEIGHT) for name in reader.names(kind)}
+    kinds = {name: kind for kind in (BUFFER, FROZEN, WEIGHT) for name in reader.names(kind)}
     held = {name: tuple(whole_shape(param)) for name, param in engine.module.named_parameters()}
     held |= {name: tuple(buffer.shape) for kind, name, buffer in whole_tensors(engine) if kind == BUFFER}
     trained = {name for group in engine.groups for name in group.names}
@@ -168,7 +168,7 @@ def _load_module(engine: Engine, reader: Reader, kinds: Mapping[str, str]) -> No
             reading.add(kinds[spec.fqn], spec, tensor)
     for _, name, tensor in whole_tensors(engine):
         if name in kinds:
-            spec = ShardSpec(name, tuple(tensor.shape), 0, tensor.numel())
+            spec = ShardSpec.whole(name, tensor.shape)
             if tensor.is_contiguous():
                 reading.add(kinds[name], spec, tensor.detach().view(-1))
             else:

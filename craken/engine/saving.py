@@ -16,11 +16,9 @@ from craken.checkpoint import save as save_folder
 from craken.comm import get_accelerator
 from craken.engine.engine import Engine
 from craken.log import log_dist
-from craken.spec import ShardSpec
+from craken.spec import BUFFER, FROZEN, ShardSpec
 from craken.zero import gradient_state
 from craken.zero import state as zero_state
-
-FROZEN, BUFFER = "frozen", "buffer"
 
 
 def save(
@@ -76,8 +74,7 @@ def _pieces(engine: Engine, *, includes_frozen: bool) -> Iterator[Piece]:
         # frozen weights are equal on all ranks; buffers (running statistics) may not be: rank 0's count
         writer = index % axis.size if kind == FROZEN else 0
         if writer == axis.rank and (includes_frozen or kind != FROZEN):
-            spec = ShardSpec(name, tuple(tensor.shape), 0, tensor.numel())
-            yield Piece(kind, spec, tensor.detach().contiguous().view(-1))
+            yield Piece(kind, ShardSpec.whole(name, tensor.shape), tensor.detach().contiguous().view(-1))
 
 
 def whole_tensors(engine: Engine) -> Iterator[tuple[str, str, Tensor]]:
@@ -135,10 +132,9 @@ def _tied_names(module: nn.Module) -> dict[str, str]:
 
 
 def _rank_state(engine: Engine, *, with_gradients: bool) -> dict[str, Any]:
-    kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     return {
         "python": random.getstate(),
-        "numpy": (kind, keys, position, has_gauss, cached),
+        "numpy": np.random.get_state(legacy=True),
         "torch": torch.get_rng_state(),
         "device": None if get_accelerator().is_cpu else torch.cuda.get_rng_state(),
         "gradients": gradient_state(engine.groups) if with_gradients else None,

@@ -12,12 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from craken.spec import ShardSpec
+from craken.spec import OPTIMIZER, WEIGHT, ShardSpec
 from craken.zero.binding import Binding
 from craken.zero.group import MasterFragment, ShardGroup
-
-WEIGHT = "weight"
-OPTIMIZER = "optimizer."
 
 Named = tuple[str, ShardSpec, Tensor]
 

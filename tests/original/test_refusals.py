@@ -15,11 +15,8 @@ import torch
 
 from craken import cli
 from craken.checkpoint import CheckpointDamaged, CheckpointNotFound, Reader
-from craken.checkpoint.original import contents as original_contents
 from craken.checkpoint.original.files import read_original
 from craken.checkpoint.original.importing import import_original
-from craken.engine import saving
-from craken.zero import state as zero_state
 from tests.original.test_resume import names_of, unpack
 
 TAG = "global_step5"
@@ -45,11 +42,6 @@ def change(file: Path, edit: Any) -> None:
     content = torch.load(file, weights_only=False)
     edit(content)
     torch.save(content, file)
-
-
-def test_our_names_of_kinds_are_the_engines() -> None:
-    ours = (original_contents.WEIGHT, original_contents.OPTIMIZER, original_contents.FROZEN, original_contents.BUFFER)
-    assert ours == (zero_state.WEIGHT, zero_state.OPTIMIZER, saving.FROZEN, saving.BUFFER)
 
 
 @pytest.mark.parametrize("num_lost", [1, 100, 5000])

@@ -21,13 +21,14 @@ from typing import Any
 import torch
 
 from craken.checkpoint import folder as folders
-from craken.checkpoint.consolidated import BUFFER, FROZEN, Consolidated, consolidate, open_reader
+from craken.checkpoint.consolidated import Consolidated, consolidate, open_reader
 from craken.checkpoint.export import adapter as adapters
 from craken.checkpoint.export import model_files
 from craken.checkpoint.export.quantise import Form, config_section, quantise, without_unfit
 from craken.checkpoint.export.weight_files import Written, parse_size, read_model, write_model
 from craken.checkpoint.lazy import LazyTensor, cast
 from craken.checkpoint.place import Place
+from craken.spec import BUFFER, FROZEN
 
 _TIES = "tie_word_embeddings"
 

@@ -13,9 +13,8 @@ from torch import Tensor
 
 from craken.checkpoint.entry import Piece
 from craken.checkpoint.errors import CheckpointDamaged
-from craken.spec import ShardSpec
+from craken.spec import OPTIMIZER, WEIGHT, ShardSpec
 
-WEIGHT, FROZEN, BUFFER, OPTIMIZER = "weight", "frozen", "buffer", "optimizer."  # the engine's kinds
 _STEP = "step"
 # settings that belong to the kernel that ran, or to the optimizer's class: ours keeps its own
 _NOT_CARRIED = {"params", "param_names", _STEP, "bias_correction", "amsgrad", "maximize", "decoupled_weight_decay"}

@@ -19,7 +19,7 @@ from torch import Tensor
 from craken.checkpoint.entry import Piece
 from craken.checkpoint.errors import CheckpointDamaged
 from craken.checkpoint.folder import check_tag
-from craken.checkpoint.original.contents import BUFFER, FROZEN, OPTIMIZER, Trained
+from craken.checkpoint.original.contents import Trained
 from craken.checkpoint.original.files import check_bytes, read_original
 from craken.checkpoint.original.folder import OriginalFolder, find_original
 from craken.checkpoint.original.replicated import Names, trained_by_all
@@ -29,7 +29,7 @@ from craken.checkpoint.place import host_path
 from craken.checkpoint.saver import save
 from craken.comm import MeshAxis
 from craken.log import warn_once
-from craken.spec import ShardSpec
+from craken.spec import BUFFER, FROZEN, OPTIMIZER, ShardSpec
 
 _ALONE = MeshAxis("import", None, 0, 1)
 _NOT_CARRIED = ("data_sampler", "random_ltd")
@@ -133,11 +133,11 @@ def _untrained(found: OriginalFolder, models: Sequence[dict[str, Any]], trained:
     model = models[0]
     for name in model["buffer_names"]:
         if name in model["module"]:
-            yield _piece(BUFFER, _whole(name, model["module"][name]), model["module"][name])
+            yield _piece(BUFFER, ShardSpec.whole(name, model["module"][name].shape), model["module"][name])
     if not found.is_cut_by_parameter:
         for name, value in _weights_once(model).items():
             if name not in trained.names:
-                yield _piece(FROZEN, _whole(name, value), value)
+                yield _piece(FROZEN, ShardSpec.whole(name, value.shape), value)
         return
     shapes = flattened([model["frozen_param_shapes"] or {}])
     for rank, part in enumerate(models):
@@ -152,10 +152,6 @@ def _untrained(found: OriginalFolder, models: Sequence[dict[str, Any]], trained:
 
 def _piece(kind: str, spec: ShardSpec, tensor: Tensor) -> Piece:
     return Piece(kind, spec, tensor.detach().reshape(-1))
-
-
-def _whole(name: str, tensor: Tensor) -> ShardSpec:
-    return ShardSpec(name, tuple(tensor.shape), 0, tensor.numel())
 
 
 def _shared_state(model: dict[str, Any], trained: Trained) -> dict[str, Any]:

@@ -15,8 +15,6 @@ from typing import Any
 from torch import Tensor
 
 from craken.checkpoint.original.contents import (
-    OPTIMIZER,
-    WEIGHT,
     Flat,
     Slot,
     Trained,
@@ -27,7 +25,7 @@ from craken.checkpoint.original.contents import (
     step_of_group,
     with_step,
 )
-from craken.spec import ShardSpec
+from craken.spec import OPTIMIZER, WEIGHT, ShardSpec
 
 _FLAT, _UNFUSED = "fp32_groups_flat", "fp32_groups"
 Names = Sequence[Sequence[str]]  # a list for each optimizer group, in its order
@@ -55,7 +53,7 @@ def trained_by_all(
 def _weights_alone(weights: Mapping[str, Tensor]) -> Trained:
     trained = Trained()
     for name, value in weights.items():
-        trained.add_piece(WEIGHT, _whole(name, value), value)
+        trained.add_piece(WEIGHT, ShardSpec.whole(name, value.shape), value)
     return trained
 
 
@@ -136,7 +134,7 @@ def _from_states(
 
 
 def _add_whole(trained: Trained, file: Path, name: str, weight: Tensor, state: Mapping[str, Any]) -> None:
-    trained.add_piece(WEIGHT, _whole(name, weight), weight)
+    trained.add_piece(WEIGHT, ShardSpec.whole(name, weight.shape), weight)
     tensors = {key: value for key, value in state.items() if isinstance(value, Tensor) and value.dim() > 0}
     for key, value in tensors.items():
         if value.shape != weight.shape:
@@ -144,7 +142,7 @@ def _add_whole(trained: Trained, file: Path, name: str, weight: Tensor, state: M
                 f"{file}: {key} of {name} has shape {tuple(value.shape)}, the parameter {tuple(weight.shape)}; "
                 f"{_HOW_TO_NAME}"
             )
-        trained.add_piece(OPTIMIZER + key, _whole(name, weight), value)
+        trained.add_piece(OPTIMIZER + key, ShardSpec.whole(name, weight.shape), value)
     if state:
         trained.scalars[name] = scalars_for_torch({key: value for key, value in state.items() if key not in tensors})
 
@@ -185,7 +183,3 @@ def _check_names(names: Names, weights: Mapping[str, Tensor]) -> None:
         )
     if twice := sorted({name for name in given if given.count(name) > 1}):
         raise ValueError(f"--groups names {', '.join(twice[:4])} twice; expected each parameter in one group, once")
-
-
-def _whole(name: str, tensor: Tensor) -> ShardSpec:
-    return ShardSpec(name, tuple(tensor.shape), 0, tensor.numel())

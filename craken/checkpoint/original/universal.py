@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,8 +10,6 @@ from torch import Tensor
 
 from craken.checkpoint.errors import CheckpointDamaged, CheckpointNotFound
 from craken.checkpoint.original.contents import (
-    OPTIMIZER,
-    WEIGHT,
     Trained,
     is_rounded,
     loss_scale_of,
@@ -20,7 +17,7 @@ from craken.checkpoint.original.contents import (
     scalars_for_torch,
 )
 from craken.checkpoint.original.files import read_original
-from craken.spec import ShardSpec
+from craken.spec import OPTIMIZER, WEIGHT, ShardSpec
 
 SETTINGS_NAME = "optimizer_state.pt"
 _MASTER, _STEP = "fp32", "step"
@@ -42,7 +39,7 @@ def trained_by_parameter(
     for index, group in enumerate(shapes):
         step = states.get(index, {}).get(_STEP)
         for name, shape in group.items():
-            _add(trained, folder / name, ShardSpec(name, tuple(shape), 0, math.prod(shape)), step)
+            _add(trained, folder / name, ShardSpec.whole(name, shape), step)
     masters = {piece.spec.fqn: piece.tensor for piece in trained.pieces if piece.kind == WEIGHT}
     if wrong := [name for name in masters if name in weights and not is_rounded(masters[name], weights[name])]:
         raise ValueError(
