@@ -79,9 +79,9 @@ def host_path(folder: str | os.PathLike[str]) -> Path:
     return place.expanduser()
 
 
-def reading_ahead(folder: Place) -> Place:
-    """Return `folder` for many small reads of the files in it, which must not change meanwhile."""
-    return Url(folder.text, ReadAhead()) if isinstance(folder, Url) else folder
+def reading_ahead(folder: Place, num_files: int) -> Place:
+    """Return `folder` for many small reads of `num_files` files in it, which must not change meanwhile."""
+    return Url(folder.text, ReadAhead(num_files)) if isinstance(folder, Url) else folder
 
 
 def read_bytes(file: Place) -> bytes:

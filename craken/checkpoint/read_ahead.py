@@ -7,12 +7,11 @@ takes as long as a megabyte does. So a small range brings what follows it in the
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
 from collections.abc import Callable
 from typing import NamedTuple
 
-WINDOW_BYTES = 1 << 20
-_NUM_WINDOWS = 32  # files read side by side, such as those of all ranks that saved
+WINDOW_BYTES = 1 << 20  # at most
+_TOTAL_BYTES = 32 << 20
 
 
 class _Window(NamedTuple):
@@ -23,21 +22,20 @@ class _Window(NamedTuple):
 
 
 class ReadAhead:
-    """The latest window of each of the files read last, for files that do not change; used by several threads."""
+    """The latest window of each file of a checkpoint, for files that do not change; used by several threads."""
 
-    def __init__(self) -> None:
-        self._windows: OrderedDict[str, _Window] = OrderedDict()
+    def __init__(self, num_files: int) -> None:
+        """Files are read side by side, those of all ranks that saved: they share the memory there is."""
+        self._window_bytes = min(_TOTAL_BYTES // max(num_files, 1), WINDOW_BYTES)
+        self._windows: dict[str, _Window] = {}
         self._lock = threading.Lock()
 
     def read(self, file: str, start: int, num_bytes: int, fetch: Callable[[int, int], bytes]) -> bytes:
         """Return bytes [start, start + num_bytes) of `file`, fewer at its end; `fetch(start, end)` asks the store."""
-        if num_bytes > WINDOW_BYTES // 4:
+        if num_bytes > self._window_bytes // 4:
             return fetch(start, start + num_bytes)
         with self._lock:
-            window = self._windows.pop(file, _Window(0, b""))
+            window = self._windows.get(file, _Window(0, b""))
             if not window.start <= start <= start + num_bytes <= window.start + len(window.data):
-                window = _Window(start, fetch(start, start + WINDOW_BYTES))
-            self._windows[file] = window
-            if len(self._windows) > _NUM_WINDOWS:
-                self._windows.popitem(last=False)
+                self._windows[file] = window = _Window(start, fetch(start, start + self._window_bytes))
         return window.data[start - window.start :][:num_bytes]

@@ -7,7 +7,7 @@ import os
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing
+from contextlib import closing
 from typing import Any, NamedTuple
 
 import torch
@@ -34,6 +34,7 @@ from craken.spec import ShardSpec
 
 _NUM_THREADS = 4
 _NUM_BLOCKS = 4  # on their way at a time
+_NUM_FILES = 4 * _NUM_BLOCKS  # open at a time: a file of a block on its way is never the one to be closed
 _SCRATCH_BYTES = 4 << 20  # in blocks of which a part is wanted, with one block more
 _SMALL_BYTES = 1 << 20  # up to here waking a thread costs more than it saves
 
@@ -60,8 +61,8 @@ class Reader:
 
     def __init__(self, folder: str | os.PathLike[str], tag: str | None = None) -> None:
         self.tag, path = folders.find(place_of(folder), tag)
-        self.path = reading_ahead(path)
-        self._index = read_index(self.path)
+        self._index = read_index(path)
+        self.path = reading_ahead(path, len(self._index.files))
         self._threads = ThreadPoolExecutor(_NUM_THREADS, "craken-checkpoint-read")  # started when needed, end with it
         for file in self._index.files:
             problem = size_problem(self.path, file)
@@ -123,8 +124,7 @@ class Reader:
         CheckpointDamaged, with every `out` in an undefined state, when a block cannot be read or its checksum does not
         fit.
         """
-        with record_function("craken::checkpoint::read"), ExitStack() as stack:
-            files = _Files(self.path, stack)
+        with record_function("craken::checkpoint::read"), closing(_Files(self.path)) as files:
             _land_in_order(arrival for wish in wishes for arrival in self._begin(wish, files))
 
     def _begin(self, wish: Wish, files: _Files) -> Iterator[_Arrival]:
@@ -215,18 +215,26 @@ def _place_in(out: Tensor, read: BlockRead) -> Tensor:  # uint8 [take]
 
 
 class _Files:
-    """The files of a checkpoint that are open for a while."""
+    """The files of a checkpoint that were asked for last, open; more of them than blocks are on their way."""
 
-    def __init__(self, folder: Place, stack: ExitStack) -> None:
-        self._folder, self._stack = folder, stack
-        self._open: dict[tuple[str, bool], OpenFile] = {}
+    def __init__(self, folder: Place) -> None:
+        self._folder = folder
+        self._open: dict[tuple[str, bool], OpenFile] = {}  # the latest last
 
     def open(self, name: str, *, is_shared: bool) -> OpenFile:
-        """Return a file, opened at the first call; CheckpointDamaged if it is missing."""
-        if (name, is_shared) not in self._open:
+        """Return a file; CheckpointDamaged if it is missing."""
+        key = name, is_shared
+        if key not in self._open:
+            if len(self._open) == _NUM_FILES:
+                self._open.pop(next(iter(self._open))).close()
             try:
-                file = open_file(self._folder / name, is_shared=is_shared)
+                self._open[key] = open_file(self._folder / name, is_shared=is_shared)
             except FileNotFoundError as error:
                 raise CheckpointDamaged(f"{self._folder / name} is missing; load another tag") from error
-            self._open[name, is_shared] = self._stack.enter_context(closing(file))
-        return self._open[name, is_shared]
+        self._open[key] = file = self._open.pop(key)
+        return file
+
+    def close(self) -> None:
+        """Close what is open."""
+        for file in self._open.values():
+            file.close()

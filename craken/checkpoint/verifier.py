@@ -32,7 +32,7 @@ def verify(path: str | os.PathLike[str]) -> list[Damage]:
 
     Holds one block in memory. FileNotFoundError when there is no such folder; ValueError for a newer format.
     """
-    folder = reading_ahead(place_of(path))
+    folder = place_of(path)
     if isinstance(folder, Path) and not folder.is_dir():
         raise FileNotFoundError(f"checkpoint folder {folder} does not exist")
     try:
@@ -40,7 +40,7 @@ def verify(path: str | os.PathLike[str]) -> list[Damage]:
     except CheckpointDamaged as error:
         return [Damage(INDEX_NAME, None, str(error))]
     damage: list[Damage] = []
-    parts = _parts_by_file(index)
+    parts, folder = _parts_by_file(index), reading_ahead(folder, len(index.files))
     for file in index.files:
         damage += _file_damage(folder, file)
         if is_file(folder / file.name):

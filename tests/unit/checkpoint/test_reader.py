@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from craken.checkpoint import CheckpointDamaged, Reader, index, place, shard_file
+from craken.checkpoint import CheckpointDamaged, Reader, Wish, index, place, shard_file
+from craken.checkpoint import reader as reader_module
 from craken.disk import pages, read_direct, takes_direct_io
 from craken.spec import ShardSpec
 from tests.unit.checkpoint.ranks import Brought, flip, numbers, save_on_ranks, save_one, shard, whole
@@ -223,3 +224,29 @@ def test_readers_need_no_more_than_the_folder(tmp_path: Path) -> None:
     save_one(tmp_path / "here", "a", {"w": numbers(3)})
     (tmp_path / "here").rename(tmp_path / "there")
     assert torch.equal(Reader(tmp_path / "there").read_full("param", "w"), numbers(3))
+
+
+def test_as_many_files_are_open_as_are_read_from_and_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    values, num_ranks = numbers(60), 30
+    brought = [Brought([shard("param", "w", values, 2 * rank, 2 * rank + 2)]) for rank in range(num_ranks)]
+    assert all(isinstance(done, Path) for done in save_on_ranks(tmp_path, "a", brought))
+    open_now, most, real = set(), [0], reader_module.open_file
+
+    class Counted:
+        def __init__(self, *args: Any, **options: Any) -> None:
+            self.file = real(*args, **options)
+            self.part_bytes, self.read_into = self.file.part_bytes, self.file.read_into
+            open_now.add(self)
+            most[0] = max(most[0], len(open_now))
+
+        def close(self) -> None:
+            self.file.close()
+            open_now.remove(self)
+
+    monkeypatch.setattr(reader_module, "open_file", Counted)
+    out = torch.empty(60)
+    reader = Reader(tmp_path)
+    reader.read_all([Wish("param", ShardSpec("w", (60,), low, 2), out[low : low + 2]) for low in range(0, 60, 2)])
+    assert torch.equal(out, values)
+    assert most[0] == reader_module._NUM_FILES
+    assert not open_now
