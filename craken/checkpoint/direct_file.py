@@ -28,7 +28,7 @@ import numpy as np
 
 from craken.disk import pages, round_up, write_all
 
-BUFFER_BYTES = 4 << 20
+BUFFER_BYTES = 2 << 20
 _NUM_BUFFERS = 3
 _NUM_THREADS = 2
 _Buffer = np.ndarray[Any, np.dtype[np.uint8]]
@@ -49,16 +49,15 @@ class DirectFile:
         self._buffer, self._filled, self._offset = self._free.get(), 0, 0
         # no executor: those take no work once the interpreter is ending, when a save may still be under way
         self._threads: list[threading.Thread] = []
-        with _small_stacks():
-            for _ in range(_NUM_THREADS):
-                thread = threading.Thread(target=self._empty_buffers, name="craken-checkpoint-disk")
-                try:
-                    thread.start()
-                except RuntimeError:  # a limit is near; one does the work of two
-                    if not self._threads:
-                        raise
-                    break
-                self._threads.append(thread)
+        for _ in range(_NUM_THREADS):
+            thread = threading.Thread(target=self._empty_buffers, name="craken-checkpoint-disk")
+            try:
+                thread.start()
+            except RuntimeError:  # a limit is near; one does the work of two
+                if not self._threads:
+                    raise
+                break
+            self._threads.append(thread)
 
     def write(self, data: memoryview) -> None:
         """Append `data`; OSError when an earlier part could not be written."""
@@ -125,16 +124,6 @@ def new_file(path: Path, num_bytes: int) -> Iterator[DirectFile]:
             file.stop()
     finally:
         os.close(fd)
-
-
-@contextlib.contextmanager
-def _small_stacks() -> Iterator[None]:
-    """Give threads that are started inside 256 KiB of stack; the usual 8 MiB count where a process may have so much."""
-    before = threading.stack_size(256 << 10)
-    try:
-        yield
-    finally:
-        threading.stack_size(before)
 
 
 def _create(path: Path) -> int:
