@@ -36,7 +36,7 @@ from craken.checkpoint.index import WrittenFile
 from craken.checkpoint.place import Place
 from craken.checkpoint.saver import Prepared, Target, prepare, publish, write
 from craken.comm import Mailbox, MeshAxis, all_reduce_sum
-from craken.disk import pages
+from craken.disk import pages, round_up
 from craken.log import log_dist, warn_once
 
 PATIENCE_S = 300.0  # from the end of a rank's own file to the others' letters, with _PATIENCE_RATIO of its own time
@@ -126,9 +126,15 @@ class BackgroundSaver:
         """
         if self._under_way is None:
             return
-        writing = torch.tensor([float(not self._under_way.done())], dtype=torch.float64, device="cpu")
-        if all_reduce_sum(writing, axis, label="ranks that write").item() == 0:
-            self.wait()
+        is_done = self._under_way.done()
+        has_failed = is_done and self._under_way.exception() is not None
+        notes = torch.tensor([not is_done, has_failed], dtype=torch.float64, device="cpu")
+        num_writing, num_failed = all_reduce_sum(notes, axis, label="ranks that write").tolist()
+        if num_writing:
+            return
+        self.wait()
+        if num_failed:
+            raise RuntimeError(f"{int(num_failed)} of {axis.size} ranks lost the others while they saved a checkpoint")
 
     def _copied(self, prepared: Prepared) -> tuple[list[Tensor], float]:
         """Copy what this rank writes; returns host tensors, uint8 [num_bytes of an entry], and the copy's seconds."""
@@ -136,7 +142,7 @@ class BackgroundSaver:
         starts, end = [], 0
         for source in sources:
             starts.append(end)
-            end += -(-source.numel() // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
+            end += round_up(source.numel(), _ALIGNMENT_BYTES)
         if self._memory.numel() < end:
             self._memory = torch.empty(0, dtype=torch.uint8, device="cpu")  # gone before the larger one comes
             self._memory = _host_memory(end)

@@ -115,6 +115,36 @@ def test_a_failure_in_the_background_is_raised_on_all_ranks_at_the_next_call(run
     assert verify(tmp_path / "global_step1") == []
 
 
+def lose_the_others_on_one_rank(folder: str) -> str:
+    engine, batches = started(2, "fp32", seed=0)
+    train(engine, batches, 1)
+    real = background._write_and_agree
+
+    def lose(*args: Any) -> Any:
+        verdict = real(*args)
+        if dist.get_rank() == 1:
+            raise RuntimeError("no letter came")
+        return verdict
+
+    with patch.object(background, "_write_and_agree", lose):
+        engine.save_checkpoint(folder, tag="a")
+        deadline_s = time.monotonic() + 30
+        with pytest.raises(RuntimeError, match="lost the others") as caught:
+            while time.monotonic() < deadline_s:
+                train(engine, batches, 1)
+    train(engine, batches, 1)  # ranks are in step
+    engine.save_checkpoint(folder, tag="b")
+    engine.destroy()
+    return str(caught.value)
+
+
+def test_a_rank_that_loses_the_others_stops_all_in_the_same_step(run_ranks, tmp_path) -> None:
+    first, second = run_ranks(lose_the_others_on_one_rank, 2, str(tmp_path))
+    assert "1 of 2 ranks lost the others" in first
+    assert "rank 1 has lost the others: no letter came" in second
+    assert verify(tmp_path / "b") == []
+
+
 def save_twice_at_once(folder: str) -> tuple[float, int, bool]:
     engine, _ = started(1, "fp32", seed=0)
     with writing_held_up() as gate:
