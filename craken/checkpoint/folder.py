@@ -101,19 +101,29 @@ def find(folder: Place, tag: str | None) -> tuple[str, Place]:
     """Return the tag (None: the one `latest` names) and its place; CheckpointNotFound listing what there is."""
     if not (remote.exists(folder) if isinstance(folder, Url) else folder.is_dir()):
         raise CheckpointNotFound(f"checkpoint folder {folder} does not exist")
-    tags = list_tags(folder)
-    exist = f"tags that exist in it: {', '.join(tags)}" if tags else "no checkpoint exists in it"
     if tag is None:
-        tag = _read_latest(folder, exist)
+        tag = _read_latest(folder)
     else:
         check_tag(tag)
-    aside = sorted(folder.glob(f".{_escaped(tag)}.old-*")) if isinstance(folder, Path) else []
-    for path in (folder / tag, *aside):
-        if is_file(path / INDEX_NAME):
-            return tag, path
+    path = _path_of(folder, tag)
+    if path is not None:
+        return tag, path
     if isinstance(folder, Path) and (folder / tag).is_dir():
-        raise CheckpointNotFound(f"{folder / tag} holds no {INDEX_NAME}, so it is no checkpoint of ours; {exist}")
-    raise CheckpointNotFound(f"tag {tag!r} does not exist in {folder}; {exist}")
+        raise CheckpointNotFound(
+            f"{folder / tag} holds no {INDEX_NAME}, so it is no checkpoint of ours; {_what_exists(folder)}"
+        )
+    raise CheckpointNotFound(f"tag {tag!r} does not exist in {folder}; {_what_exists(folder)}")
+
+
+def _path_of(folder: Place, tag: str) -> Place | None:
+    """Return where the checkpoint of a tag is, which a kill may have left set aside; None if there is none."""
+    aside = sorted(folder.glob(f".{_escaped(tag)}.old-*")) if isinstance(folder, Path) else []
+    return next((path for path in (folder / tag, *aside) if is_file(path / INDEX_NAME)), None)
+
+
+def _what_exists(folder: Place) -> str:
+    tags = list_tags(folder)
+    return f"tags that exist in it: {', '.join(tags)}" if tags else "no checkpoint exists in it"
 
 
 def stage(folder: Place, tag: str) -> Staging:
@@ -210,17 +220,17 @@ def sync_folder(path: Path) -> None:
         os.close(fd)
 
 
-def _read_latest(folder: Place, exist: str) -> str:
+def _read_latest(folder: Place) -> str:
     path = folder / LATEST_NAME
     if not is_file(path):
-        raise CheckpointNotFound(f"{path} does not exist, so a tag must be given; {exist}")
+        raise CheckpointNotFound(f"{path} does not exist, so a tag must be given; {_what_exists(folder)}")
     try:
         tag = read_bytes(path).decode("utf-8").strip()
         check_tag(tag)
     except ValueError as error:
-        raise CheckpointNotFound(f"{path} is damaged ({error}); give a tag; {exist}") from error
-    if tag not in list_tags(folder):
-        raise CheckpointNotFound(f"{path} names the tag {tag!r}, which does not exist; {exist}")
+        raise CheckpointNotFound(f"{path} is damaged ({error}); give a tag; {_what_exists(folder)}") from error
+    if _path_of(folder, tag) is None:
+        raise CheckpointNotFound(f"{path} names the tag {tag!r}, which does not exist; {_what_exists(folder)}")
     return tag
 
 
