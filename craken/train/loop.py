@@ -16,8 +16,8 @@ from rich.console import Console
 from torch import Tensor
 
 import craken
-from craken.checkpoint import newest_whole
-from craken.comm import MeshAxis, broadcast_object, bytes_sent, get_accelerator, world_axis
+from craken.checkpoint import Found, newest_whole, run_on_all
+from craken.comm import MeshAxis, bytes_sent, get_accelerator, world_axis
 from craken.stop import Stop, StopRequest, agree
 from craken.train import huggingface
 from craken.train.arguments import Resume
@@ -175,7 +175,6 @@ class Trainer:
 
     def _plan_validation(self) -> tuple[Windows, NDArray[np.int64]]:
         cache, options = self.plan.cache, self.plan.options
-        self.num_parameters = huggingface.num_parameters(self.model)  # before they may be shown as shards
         windows = Windows(cache.held_out(), options.seq_len)
         numbers = validation_numbers(len(windows), options.eval_windows, self.axis.size)
         self._unigram = unigram_entropy(cache.train(), predicted_tokens(windows, numbers), cache.meta.vocab_size)
@@ -201,7 +200,7 @@ class Trainer:
         if resume is Resume.NEVER:
             return 0
         if resume is Resume.IF_POSSIBLE:
-            tag = broadcast_object(self._newest_whole(folder) if self.is_first_rank else None, self.axis)
+            tag = self._agreed_newest(folder)
             if tag is None:
                 self.console.print(f"no checkpoint in {folder}: beginning", soft_wrap=True, markup=False)
                 return 0
@@ -211,11 +210,17 @@ class Trainer:
         self.elapsed_s = float(state["elapsed_s"])
         return int(self.engine.global_steps)
 
-    def _newest_whole(self, folder: Path) -> str | None:
-        found = newest_whole(folder)
-        for tag, reason in found.damaged.items():
-            self.console.print(f"passing over the damaged checkpoint {tag}: {reason}", soft_wrap=True, markup=False)
-        return found.tag
+    def _agreed_newest(self, folder: Path) -> str | None:
+        """Collective: return the tag of the newest whole checkpoint that rank 0 finds."""
+
+        def look() -> tuple[None, str | None]:
+            found = newest_whole(folder) if self.is_first_rank else Found(None, {})
+            for tag, reason in found.damaged.items():
+                self.console.print(f"passing over the damaged checkpoint {tag}: {reason}", soft_wrap=True, markup=False)
+            return None, found.tag
+
+        _, tags = run_on_all(look, self.axis, doing=f"looking for a checkpoint in {folder}")
+        return tags[0]
 
 
 def run_facts(plan: Plan, num_parameters: int, num_ranks: int) -> dict[str, str]:
