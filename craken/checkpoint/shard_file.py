@@ -25,6 +25,7 @@ from craken.checkpoint.direct_file import new_file
 from craken.checkpoint.entry import Entry, bytes_of, dtype_of, in_host_memory, memory_of
 from craken.checkpoint.index import FileRecord, PieceRecord, WrittenFile
 from craken.checkpoint.place import Place, Url
+from craken.disk import round_up
 
 _ALIGNMENT_BYTES = 4096
 
@@ -53,7 +54,7 @@ def plan_file(entries: Sequence[Entry]) -> FileLayout:
         shape = list(entry.shape) if entry.is_whole else [entry.numel]
         fields[entry.stored_name] = {"dtype": entry.dtype, "shape": shape, "data_offsets": [starts[i], end]}
     text = json.dumps(fields, separators=(",", ":")).encode()
-    data_start = -(-(8 + len(text)) // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
+    data_start = round_up(8 + len(text), _ALIGNMENT_BYTES)
     header = (data_start - 8).to_bytes(8, "little") + text.ljust(data_start - 8)
     return FileLayout(header, [data_start + start for start in starts], data_start + end)
 

@@ -238,6 +238,7 @@ class DeepSpeedEngine(Engine):
         sets `stage3_gather_16bit_weights_on_model_save`.
         """
         self.standing.check("save_16bit_model()")
+        self._reducer.let_go_of_taken()
         if self._frees_weights and not self.zero_gather_16bit_weights_on_model_save():
             warn_once(
                 "save_16bit_model() saved nothing: set zero_optimization.stage3_gather_16bit_weights_on_model_save to "

@@ -181,16 +181,21 @@ class ShardGroup:
 
     def check_params(self) -> None:
         """RuntimeError if whole parameters lie elsewhere now: an update would not reach them."""
-        if self.weights is not None:
-            return
+        strayed = self._strayed() if self.weights is None else None
+        if strayed is not None:
+            raise RuntimeError(
+                f"{self.names[strayed]} ({self.params[strayed].dtype}) has left the engine's memory ({self.dtype}), "
+                "where the step updates it: its data were replaced after initialize(), for instance by model.to(dtype) "
+                "or model.half(). The config's bf16 and fp16 sections choose the dtype; write values in place"
+            )
+
+    def _strayed(self) -> int | None:
+        """Return the slot of the first parameter that is no view of its place in the full buffer."""
         start, itemsize = self.full.data_ptr(), self.full.element_size()
-        for name, param, slot in zip(self.names, self.params, self.layout.slots, strict=True):
+        for index, (param, slot) in enumerate(zip(self.params, self.layout.slots, strict=True)):
             if slot.numel and param.data_ptr() != start + slot.offset * itemsize:
-                raise RuntimeError(
-                    f"{name} ({param.dtype}) has left the engine's memory ({self.dtype}), where the step updates it: "
-                    "its data were replaced after initialize(), for instance by model.to(dtype) or model.half(). The "
-                    "config's bf16 and fp16 sections choose the dtype; write values in place"
-                )
+                return index
+        return None
 
     def view_of(self, slot: int) -> Tensor:
         """Return one parameter's place in the whole flat buffer, in its shape."""
@@ -238,7 +243,7 @@ class ShardGroup:
             assert self.weights.num_bytes == 0, f"{self.label}: freed weights still take memory"
             assert all(tuple(param.shape) == (0,) for param in self.params), f"{self.label}: a parameter was not freed"
             return
-        for name, param, slot, shape in zip(self.names, self.params, self.layout.slots, self.shapes, strict=True):
-            place = self.full.data_ptr() + slot.offset * self.full.element_size()
-            assert param.data.data_ptr() == place or slot.numel == 0, f"{name} is no view of its group's buffer"
+        strayed = self._strayed()
+        assert strayed is None, f"{self.names[strayed]} is no view of its group's buffer"
+        for name, param, shape in zip(self.names, self.params, self.shapes, strict=True):
             assert tuple(param.shape) == shape, f"{name} has shape {tuple(param.shape)}, expected {shape}"

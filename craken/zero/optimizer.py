@@ -98,8 +98,8 @@ class ShardedStep:
             except BaseException:  # some groups are updated, and their gradients' memory is lent: no second try
                 self._drop_gradients()
                 raise
-            for group, divisor in zip(self.groups, self._left, strict=True):
-                group.gradients.spend(divisor)
+            for group, left in zip(self.groups, self._left, strict=True):
+                group.gradients.spend(left)
         else:
             self._drop_gradients()
         return StepResult(norm, is_finite, applies)
