@@ -2,9 +2,9 @@
 
     python benchmarks/overhead.py [--stages 0 1 2] [--ranks 1 2 4] [--dtype fp32]
 
-Overhead is the step through the engine less the same step written by hand: forward, backward and fused AdamW on the
-same tensors, and the same messages (sizes, order, number in flight) sent by plain calls of the backend. Tensors are
-tiny in the first two tables, so neither compute nor bytes hide it:
+Overhead is the step through the engine less the same step written by hand: forward, backward, clipping at the same norm
+(`clip_grad_norm_`) and fused AdamW on the same tensors, and the same messages (sizes, order, number in flight) sent by
+plain calls of the backend. Tensors are tiny in the first two tables, so neither compute nor bytes hide it:
 
     tensors      10 to 5,000 tensors, as few shard groups as they need       -> us a tensor (slope)
     groups       1,000 tensors in more and more shard groups                 -> us a group (slope)
@@ -35,6 +35,7 @@ US_A_TENSOR, US_A_GROUP = 25.0, 200.0
 TENSORS = (10, 100, 1000, 5000)
 GROUPED_TENSORS, BUCKETS = 1000, (8000, 1000, 250, 80)  # of 8 elements each; bucket sizes in elements
 SIZED_TENSORS, SIZES = 100, (1_000, 10_000, 100_000)
+MAX_NORM = 1.0
 WARMUP, STEPS_A_ROUND = 3, 5
 FEWEST_ROUNDS, MOST_ROUNDS = 3, 40
 TENSORS_A_RUN = 6000  # tiny points get more rounds, until so many tensors were stepped
@@ -171,6 +172,7 @@ def by_hand(point: Point, dtype: Any, events: list[Any]) -> Callable[[], None]:
     def step() -> None:
         model().backward()
         messages.before_update()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM)
         optimizer.step()
         messages.after_update()
         optimizer.zero_grad()
@@ -187,7 +189,7 @@ def engine_for(point: Point, dtype: Any, stage: int) -> Any:
         "train_micro_batch_size_per_gpu": 1,
         "steps_per_print": 10**9,
         "optimizer": {"type": "AdamW", "params": {"lr": 1e-3}},
-        "gradient_clipping": 1.0,
+        "gradient_clipping": MAX_NORM,
         "zero_optimization": {
             "stage": stage,
             "reduce_bucket_size": point.bucket,
