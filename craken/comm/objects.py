@@ -21,8 +21,7 @@ def gather_objects(obj: Any, axis: MeshAxis) -> list[Any]:
     if axis.backend == "gloo":
         return messages.objects(obj, axis)
     gathered: list[Any] = [None] * axis.size
-    with watched("objects", axis):
-        dist.all_gather_object(gathered, obj, group=axis.group)
+    watched("objects", axis, dist.all_gather_object, gathered, obj)
     return gathered
 
 
@@ -33,8 +32,7 @@ def broadcast_object(obj: Any, axis: MeshAxis, source: int = 0) -> Any:
     if axis.backend == "gloo":
         return messages.objects(obj if axis.rank == source else None, axis)[source]
     box = [obj if axis.rank == source else None]
-    with watched("objects", axis):
-        dist.broadcast_object_list(box, src=axis.global_rank(source), group=axis.group)
+    watched("objects", axis, dist.broadcast_object_list, box, src=axis.global_rank(source))
     return box[0]
 
 
@@ -45,8 +43,7 @@ def barrier(axis: MeshAxis) -> None:
     if axis.backend == "gloo":
         messages.meet(axis)
     else:
-        with watched("a barrier", axis):
-            dist.barrier(group=axis.group)
+        watched("a barrier", axis, dist.barrier)
 
 
 def broadcast(tensor: Tensor, axis: MeshAxis, *, label: str, source: int = 0) -> None:

@@ -24,7 +24,7 @@ import json
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -106,29 +106,25 @@ class Started:
 
     def __init__(self, what: str, axis: MeshAxis, collective: Callable[..., Any], *tensors: Tensor) -> None:
         """Collective over `axis`: call `collective(*tensors)`, one of torch.distributed's; raises as `wait` does."""
-        with _watchdog.explaining():
-            self._work = collective(*tensors, group=axis.group, async_op=True)
-        self._is_over = threading.Event()  # other backends' waits are the host's
+        self._work = _watchdog.run(collective, *tensors, group=axis.group, async_op=True)
+        self._over: list[bool] = []  # of other backends: there the host waits until it is done
         is_nccl = axis.backend == "nccl"
-        _watchdog.follow(what, axis, self._work.get_future_result().done if is_nccl else self._is_over.is_set)
+        _watchdog.follow(what, axis, self._work.get_future_result().done if is_nccl else self._over.__len__)
 
     def wait(self) -> None:
         """Complete the collective, on CUDA in the order of streams; RanksDisagreeError once it is known to be lost."""
-        with _watchdog.explaining():
-            self._work.wait()
-            self._is_over.set()
+        _watchdog.run(self._work.wait)
+        self._over.append(True)
 
 
-@contextlib.contextmanager
-def watched(what: str, axis: MeshAxis) -> Iterator[None]:
-    """Watch over a call of the backend's that returns when it is done; RanksDisagreeError if it never would."""
-    over = threading.Event()
-    with _watchdog.explaining():
-        _watchdog.follow(what, axis, over.is_set)
-        try:
-            yield
-        finally:
-            over.set()
+def watched(what: str, axis: MeshAxis, collective: Callable[..., Any], *args: Any, **options: Any) -> None:
+    """Collective over `axis`: call one of torch.distributed's that returns when it is done; raises as `wait` does."""
+    over: list[bool] = []
+    _watchdog.follow(what, axis, over.__len__)
+    try:
+        _watchdog.run(collective, *args, **options, group=axis.group)
+    finally:
+        over.append(True)
 
 
 class _Call(NamedTuple):
@@ -139,7 +135,7 @@ class _Call(NamedTuple):
     at: int
     since: float
     number: int
-    is_done: Callable[[], bool]
+    is_done: Callable[[], object]
 
     def told(self, beat: int) -> Waiting:
         return _told(self.what, self.at, self.axis, self.number, beat)
@@ -234,19 +230,20 @@ class _Watchdog:
         finally:
             self._waiting = None
 
-    @contextlib.contextmanager
-    def explaining(self) -> Iterator[None]:
-        """Raise the verdict in place of what the block raises, or returns, once its group has been aborted."""
+    def run(self, call: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        """Return what `call` does; once its group has been aborted, raise the verdict whatever it returns or raises."""
+        result = None
         try:
             if self._verdict is None:
-                yield
+                result = call(*args, **options)
         except Exception as error:
             self._raise_verdict(error)
             raise
         if self._verdict is not None:
             self._raise_verdict(None)
+        return result
 
-    def follow(self, what: str, axis: MeshAxis, is_done: Callable[[], bool]) -> None:
+    def follow(self, what: str, axis: MeshAxis, is_done: Callable[[], object]) -> None:
         """Keep a collective of the backend's own in mind until it is done."""
         if self._thread is None:
             self._start()
