@@ -35,6 +35,7 @@ from torch import Tensor
 from craken.comm.mesh import MeshAxis
 
 PATIENCE_S = 30.0
+_NUM_REMEMBERED = 128  # collectives of the backend's own
 _VERDICT, _TOLD = "verdict", "told"  # keys in the store, beside one a rank
 
 
@@ -53,7 +54,8 @@ class Call(NamedTuple):
 class Waiting(NamedTuple):
     """What a rank tells of the call it waits for; ranks are the job's. `beat` says that it is told anew.
 
-    What follows that is told of messages alone: the one that is missing, to or from `peer`.
+    Of messages alone: the one that is missing, to or from `peer`. Of the backend's own collectives alone: what the
+    last ones over the group were, this one the `at`-th and last, for the backend pairs them by their order.
     """
 
     what: str
@@ -67,6 +69,8 @@ class Waiting(NamedTuple):
     tag: int = 0
     num_bytes: int = 0
     is_sent: bool = False
+    at: int = 0
+    past: Sequence[str] = ()
 
 
 class Message(NamedTuple):
@@ -138,7 +142,11 @@ class _Call(NamedTuple):
     is_done: Callable[[], object]
 
     def told(self, beat: int) -> Waiting:
-        return _told(self.what, self.at, self.axis, self.number, beat)
+        assert self.axis.group is not None
+        past = [call.what for call in _watchdog.past() if call.axis.group is self.axis.group and call.at <= self.at]
+        return _told(self.what, self.at, self.axis, self.number, beat)._replace(
+            group=self.axis.group.group_name, at=self.at, past=past
+        )
 
 
 class _Wait(NamedTuple):
@@ -177,18 +185,33 @@ def is_deadlock(waits: Sequence[Waiting]) -> bool:
 
 def explain(waits: Sequence[Waiting]) -> str:
     """Word a deadlock: which ranks wait for what, and what to do."""
+    apart = parting(waits)
+    before = f"; they went apart before that: {_words(apart)}" if apart and apart != list(waits) else ""
+    return (
+        f"the ranks wait for each other: {_words(waits)}{before}. Expected the same calls on every rank "
+        "(save_checkpoint and GatheredParameters too), and the same modules in the same order, whatever its data. "
+        "Where a module chooses among its children by the data (experts, branches), have its weights gathered as one: "
+        "set_z3_leaf_modules(model, [its class]) before initialize, or zero_optimization.leaf_module in the config"
+    )
+
+
+def parting(waits: Sequence[Waiting]) -> list[Waiting]:
+    """Return the ranks' first calls that were not the same, if all wait on one group and remember them."""
+    pasts = [dict(zip(range(wait.at - len(wait.past) + 1, wait.at + 1), wait.past, strict=True)) for wait in waits]
+    remembered = set(pasts[0]).intersection(*pasts[1:])
+    first = min((at for at in remembered if len({past[at] for past in pasts}) > 1), default=None)
+    if first is None or len({wait.group for wait in waits}) > 1:
+        return []
+    return [wait._replace(what=past[first]) for wait, past in zip(waits, pasts, strict=True)]
+
+
+def _words(waits: Sequence[Waiting]) -> str:
     waiters: dict[str, list[str]] = {}
     for wait in waits:
         waiters.setdefault(wait.what if wait.what.startswith(("the ", "a ")) else f"the {wait.what}", []).append(
             str(wait.rank)
         )
-    each = [f"rank{'s' * (len(ranks) > 1)} {', '.join(ranks)} for {what}" for what, ranks in waiters.items()]
-    return (
-        f"the ranks wait for each other: {'; '.join(each)}. Expected the same calls on every rank (save_checkpoint and "
-        "GatheredParameters too), and the same modules in the same order, whatever its data. Where a module chooses "
-        "among its children by the data (experts, branches), have its weights gathered as one: "
-        "set_z3_leaf_modules(model, [its class]) before initialize, or zero_optimization.leaf_module in the config"
-    )
+    return "; ".join(f"rank{'s' * (len(ranks) > 1)} {', '.join(ranks)} for {what}" for what, ranks in waiters.items())
 
 
 class _Watchdog:
@@ -203,6 +226,7 @@ class _Watchdog:
     def _reset(self) -> None:
         self._waiting: _Wait | None = None
         self._calls: deque[_Call] = deque()  # the backend's own, as started; those that are done go from the front
+        self._past: deque[_Call] = deque(maxlen=_NUM_REMEMBERED)
         self._num_calls: WeakKeyDictionary[dist.ProcessGroup, int] = WeakKeyDictionary()
         self._number = self._beat = 0
         self._has_told = False
@@ -253,6 +277,11 @@ class _Watchdog:
         while self._calls and self._calls[0].is_done():
             self._calls.popleft()
         self._calls.append(_Call(what, axis, at, time.monotonic(), self._number, is_done))
+        self._past.append(self._calls[-1])
+
+    def past(self) -> Sequence[_Call]:
+        """Return the last calls of the backend's own, oldest first."""
+        return tuple(self._past)
 
     def _raise_verdict(self, cause: Exception | None) -> None:
         with contextlib.suppress(RuntimeError):  # the store may be gone with its host
