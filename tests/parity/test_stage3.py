@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 from typing import Any, ClassVar
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -195,6 +196,26 @@ def step_inside() -> None:
 
 def test_whole_copies_follow_the_shards(run_ranks) -> None:
     run_ranks(step_inside, 2)
+
+
+def keep_an_alias() -> None:
+    """A step and an alias kept beyond it, which would end the process."""
+    with patch.dict("os.environ", {"CRAKEN_DEBUG_FREED": "1"}):
+        pair = Pair(3, tower())
+    kept: list[Tensor] = []
+    weight = pair.model.blocks[0].up.weight
+    hook = pair.model.blocks[0].up.register_forward_hook(lambda *_: kept.append(weight.detach().t()))
+    for step in range(2):
+        pair.step_both(step)
+        assert all(alias.isnan().all() for alias in kept)
+    hook.remove()
+    assert len(kept) == 2
+    pair.assert_same_weights(atol=1e-5)
+    pair.close()
+
+
+def test_an_alias_that_is_kept_reads_as_nan_where_that_is_asked_for(run_ranks) -> None:
+    run_ranks(keep_an_alias, 2)
 
 
 def leave_no_trace() -> None:
