@@ -13,6 +13,7 @@ all-to-all for the same reason, fp32 through its reduce-scatter.
 
 Calls return a `Pending`; `wait()` completes it. A rank issues the same calls in the same order as all others: messages
 carry a tag made from the call's number and its label, so ranks out of step wait (watchdog.py) rather than mix data.
+NCCL pairs calls by their order alone: there ranks out of step wait as soon as a call's kind or size differs.
 """
 
 from __future__ import annotations
