@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from craken.comm import events, messages
 from craken.comm.mesh import MeshAxis
+from craken.comm.watchdog import Started, watched
 
 
 def gather_objects(obj: Any, axis: MeshAxis) -> list[Any]:
@@ -19,7 +21,7 @@ def gather_objects(obj: Any, axis: MeshAxis) -> list[Any]:
     if axis.backend == "gloo":
         return messages.objects(obj, axis)
     gathered: list[Any] = [None] * axis.size
-    dist.all_gather_object(gathered, obj, group=axis.group)
+    watched("objects", axis, dist.all_gather_object, gathered, obj)
     return gathered
 
 
@@ -30,7 +32,7 @@ def broadcast_object(obj: Any, axis: MeshAxis, source: int = 0) -> Any:
     if axis.backend == "gloo":
         return messages.objects(obj if axis.rank == source else None, axis)[source]
     box = [obj if axis.rank == source else None]
-    dist.broadcast_object_list(box, src=axis.global_rank(source), group=axis.group)
+    watched("objects", axis, dist.broadcast_object_list, box, src=axis.global_rank(source))
     return box[0]
 
 
@@ -41,7 +43,7 @@ def barrier(axis: MeshAxis) -> None:
     if axis.backend == "gloo":
         messages.meet(axis)
     else:
-        dist.barrier(group=axis.group)
+        watched("a barrier", axis, dist.barrier)
 
 
 def broadcast(tensor: Tensor, axis: MeshAxis, *, label: str, source: int = 0) -> None:
@@ -49,7 +51,8 @@ def broadcast(tensor: Tensor, axis: MeshAxis, *, label: str, source: int = 0) ->
     if axis.size > 1:
         sent = tensor.numel() if axis.rank == source else 0
         events.record("broadcast", label, tensor.numel(), sent, tensor.dtype, axis.name)
-        dist.broadcast(tensor, src=axis.global_rank(source), group=axis.group)
+        collective = functools.partial(dist.broadcast, src=axis.global_rank(source))
+        Started(f"broadcast of {label}", axis, collective, tensor).wait()
 
 
 def all_reduce_sum(tensor: Tensor, axis: MeshAxis, *, label: str) -> Tensor:
@@ -67,5 +70,5 @@ def all_reduce_sum(tensor: Tensor, axis: MeshAxis, *, label: str) -> Tensor:
     # NCCL sends from the device alone
     device = torch.device("cuda", torch.cuda.current_device()) if axis.backend == "nccl" else tensor.device
     total = tensor.to(device, copy=True)
-    dist.all_reduce(total, op=dist.ReduceOp.SUM, group=axis.group)
+    Started(f"sum of {label}", axis, dist.all_reduce, total).wait()
     return total.to(tensor.device)

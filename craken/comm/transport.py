@@ -13,6 +13,7 @@ all-to-all for the same reason, fp32 through its reduce-scatter.
 
 Calls return a `Pending`; `wait()` completes it. A rank issues the same calls in the same order as all others: messages
 carry a tag made from the call's number and its label, so ranks out of step wait (watchdog.py) rather than mix data.
+NCCL pairs calls by their order alone: there ranks out of step wait as soon as a call's kind or size differs.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from craken.comm import events
 from craken.comm.mesh import MeshAxis
 from craken.comm.messages import CALLS_A_TRANSPORT, CONTROL
 from craken.comm.objects import gather_objects
-from craken.comm.watchdog import Call, Exchange, RanksDisagreeError
+from craken.comm.watchdog import Call, Exchange, RanksDisagreeError, Started
 
 _numbers = itertools.count()
 
@@ -148,11 +149,9 @@ class Native:
         numel, rank = full.numel() // self._axis.size, self._axis.rank
         exchanged = full.dtype.itemsize < 4
         inbox = torch.empty(full.numel() if exchanged else numel, dtype=full.dtype, device=full.device)
-        work = (
-            dist.all_to_all_single(inbox, full, group=self._axis.group, async_op=True)
-            if exchanged
-            else reduce_scatter_single(inbox, full, group=self._axis.group, async_op=True)
-        )
+        what = f"reduce-scatter of {label}"
+        collective = dist.all_to_all_single if exchanged else reduce_scatter_single
+        work = Started(what, self._axis, collective, inbox, full)
 
         def finish() -> None:
             if exchanged:
@@ -163,19 +162,19 @@ class Native:
             else:
                 out.copy_(inbox)
 
-        return Pending([work], finish, f"reduce-scatter of {label}")
+        return Pending([work], finish, what)
 
     def all_gather(self, full: Tensor, *, label: str) -> Pending:
         _record("all_gather", full, self._axis, label)
         numel = full.numel() // self._axis.size
         mine = full[self._axis.rank * numel : (self._axis.rank + 1) * numel]
-        work = all_gather_single(full, mine, group=self._axis.group, async_op=True)
-        return Pending([work], None, f"all-gather of {label}")
+        what = f"all-gather of {label}"
+        return Pending([Started(what, self._axis, all_gather_single, full, mine)], None, what)
 
     def all_to_all(self, outbox: Tensor, inbox: Tensor, *, label: str) -> Pending:
         _record("all_to_all", outbox, self._axis, label)
-        work = dist.all_to_all_single(inbox, outbox, group=self._axis.group, async_op=True)
-        return Pending([work], None, f"all-to-all of {label}")
+        what = f"all-to-all of {label}"
+        return Pending([Started(what, self._axis, dist.all_to_all_single, inbox, outbox)], None, what)
 
 
 class Alone:

@@ -9,6 +9,12 @@
 A rank that computes tells nothing, so that others go on waiting for it; so they do when all wait for the same. gloo's
 waits can neither be interrupted nor tried for a while (one that times out closes the connection for good), hence the
 messages in place of the missing ones. Between two looks the thread sleeps: a wait costs it nothing.
+
+[Note: the backend's own collectives] On NCCL a wait only orders streams, and the host goes on, perhaps into a
+synchronisation that never returns. There a rank waits for the oldest collective that it has started and that is not
+done. What is kept of it to tell so is the future of its result, which holds no tensor: works hold their outputs, and
+the host runs ahead of the device by as many as it likes. The verdict aborts the groups, so that kernels and whoever
+synchronises with them return, and is raised by the next call; what was computed in between is never used.
 """
 
 from __future__ import annotations
@@ -17,8 +23,10 @@ import contextlib
 import json
 import threading
 import time
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -27,6 +35,7 @@ from torch import Tensor
 from craken.comm.mesh import MeshAxis
 
 PATIENCE_S = 30.0
+_NUM_REMEMBERED = 128  # collectives of the backend's own
 _VERDICT, _TOLD = "verdict", "told"  # keys in the store, beside one a rank
 
 
@@ -40,6 +49,28 @@ class Call(NamedTuple):
     what: str
     tag: int
     axis: MeshAxis
+
+
+class Waiting(NamedTuple):
+    """What a rank tells of the call it waits for; ranks are the job's. `beat` says that it is told anew.
+
+    Of messages alone: the one that is missing, to or from `peer`. Of the backend's own collectives alone: what the
+    last ones over the group were, this one the `at`-th and last, for the backend pairs them by their order.
+    """
+
+    what: str
+    call: str
+    members: list[int]
+    rank: int
+    number: int
+    beat: int
+    peer: int = -1
+    group: str = ""
+    tag: int = 0
+    num_bytes: int = 0
+    is_sent: bool = False
+    at: int = 0
+    past: Sequence[str] = ()
 
 
 class Message(NamedTuple):
@@ -74,6 +105,50 @@ class Exchange:
         _watchdog.wait(self)
 
 
+class Started:
+    """A call of the backend's own collective, under way. [Note: the backend's own collectives]"""
+
+    def __init__(self, what: str, axis: MeshAxis, collective: Callable[..., Any], *tensors: Tensor) -> None:
+        """Collective over `axis`: call `collective(*tensors)`, one of torch.distributed's; raises as `wait` does."""
+        self._work = _watchdog.run(collective, *tensors, group=axis.group, async_op=True)
+        self._over: list[bool] = []  # of other backends: there the host waits until it is done
+        is_nccl = axis.backend == "nccl"
+        _watchdog.follow(what, axis, self._work.get_future_result().done if is_nccl else self._over.__len__)
+
+    def wait(self) -> None:
+        """Complete the collective, on CUDA in the order of streams; RanksDisagreeError once it is known to be lost."""
+        _watchdog.run(self._work.wait)
+        self._over.append(True)
+
+
+def watched(what: str, axis: MeshAxis, collective: Callable[..., Any], *args: Any, **options: Any) -> None:
+    """Collective over `axis`: call one of torch.distributed's that returns when it is done; raises as `wait` does."""
+    over: list[bool] = []
+    _watchdog.follow(what, axis, over.__len__)
+    try:
+        _watchdog.run(collective, *args, **options, group=axis.group)
+    finally:
+        over.append(True)
+
+
+class _Call(NamedTuple):
+    """A collective of the backend's own, the how manieth over its group (`at`) and of the process (`number`)."""
+
+    what: str
+    axis: MeshAxis
+    at: int
+    since: float
+    number: int
+    is_done: Callable[[], object]
+
+    def told(self, beat: int) -> Waiting:
+        assert self.axis.group is not None
+        past = [call.what for call in _watchdog.past() if call.axis.group is self.axis.group and call.at <= self.at]
+        return _told(self.what, self.at, self.axis, self.number, beat)._replace(
+            group=self.axis.group.group_name, at=self.at, past=past
+        )
+
+
 class _Wait(NamedTuple):
     """What this rank waits for, since when, and the how manieth wait it is."""
 
@@ -82,21 +157,24 @@ class _Wait(NamedTuple):
     since: float
     number: int
 
+    def told(self, beat: int) -> Waiting:
+        call, message = self.exchange.call, self.exchange.message(self.at)
+        axis, group = call.axis, call.axis.group
+        assert group is not None
+        return _told(call.what, call.tag, axis, self.number, beat)._replace(
+            peer=axis.global_rank(message.peer),
+            group=group.group_name,
+            tag=call.tag,
+            num_bytes=message.tensor.nbytes,
+            is_sent=message.is_sent,
+        )
 
-class Waiting(NamedTuple):
-    """What a rank tells of the message it waits for; ranks are the job's. `beat` says that it is told anew."""
 
-    what: str
-    call: str
-    members: list[int]
-    rank: int
-    peer: int
-    group: str
-    tag: int
-    num_bytes: int
-    is_sent: bool
-    number: int
-    beat: int
+def _told(what: str, at: int, axis: MeshAxis, number: int, beat: int) -> Waiting:
+    """Return what tells of the `at`-th call over an axis."""
+    assert axis.group is not None
+    members = [axis.global_rank(rank) for rank in range(axis.size)]
+    return Waiting(what, f"{axis.group.group_name}/{at} {what}", members, dist.get_rank(), number, beat)
 
 
 def is_deadlock(waits: Sequence[Waiting]) -> bool:
@@ -107,18 +185,33 @@ def is_deadlock(waits: Sequence[Waiting]) -> bool:
 
 def explain(waits: Sequence[Waiting]) -> str:
     """Word a deadlock: which ranks wait for what, and what to do."""
+    apart = parting(waits)
+    before = f"; they went apart before that: {_words(apart)}" if apart and apart != list(waits) else ""
+    return (
+        f"the ranks wait for each other: {_words(waits)}{before}. Expected the same calls on every rank "
+        "(save_checkpoint and GatheredParameters too), and the same modules in the same order, whatever its data. "
+        "Where a module chooses among its children by the data (experts, branches), have its weights gathered as one: "
+        "set_z3_leaf_modules(model, [its class]) before initialize, or zero_optimization.leaf_module in the config"
+    )
+
+
+def parting(waits: Sequence[Waiting]) -> list[Waiting]:
+    """Return the ranks' first calls that were not the same, if all wait on one group and remember them."""
+    pasts = [dict(zip(range(wait.at - len(wait.past) + 1, wait.at + 1), wait.past, strict=True)) for wait in waits]
+    remembered = set(pasts[0]).intersection(*pasts[1:])
+    first = min((at for at in remembered if len({past[at] for past in pasts}) > 1), default=None)
+    if first is None or len({wait.group for wait in waits}) > 1:
+        return []
+    return [wait._replace(what=past[first]) for wait, past in zip(waits, pasts, strict=True)]
+
+
+def _words(waits: Sequence[Waiting]) -> str:
     waiters: dict[str, list[str]] = {}
     for wait in waits:
         waiters.setdefault(wait.what if wait.what.startswith(("the ", "a ")) else f"the {wait.what}", []).append(
             str(wait.rank)
         )
-    each = [f"rank{'s' * (len(ranks) > 1)} {', '.join(ranks)} for {what}" for what, ranks in waiters.items()]
-    return (
-        f"the ranks wait for each other: {'; '.join(each)}. Expected the same calls on every rank (save_checkpoint and "
-        "GatheredParameters too), and the same modules in the same order, whatever its data. Where a module chooses "
-        "among its children by the data (experts, branches), have its weights gathered as one: "
-        "set_z3_leaf_modules(model, [its class]) before initialize, or zero_optimization.leaf_module in the config"
-    )
+    return "; ".join(f"rank{'s' * (len(ranks) > 1)} {', '.join(ranks)} for {what}" for what, ranks in waiters.items())
 
 
 class _Watchdog:
@@ -132,6 +225,9 @@ class _Watchdog:
 
     def _reset(self) -> None:
         self._waiting: _Wait | None = None
+        self._calls: deque[_Call] = deque()  # the backend's own, as started; those that are done go from the front
+        self._past: deque[_Call] = deque(maxlen=_NUM_REMEMBERED)
+        self._num_calls: WeakKeyDictionary[dist.ProcessGroup, int] = WeakKeyDictionary()
         self._number = self._beat = 0
         self._has_told = False
         self._last: list[Waiting] = []  # what all ranks told when rank 0 looked last
@@ -157,6 +253,35 @@ class _Watchdog:
             raise
         finally:
             self._waiting = None
+
+    def run(self, call: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        """Return what `call` does; once its group has been aborted, raise the verdict whatever it returns or raises."""
+        result = None
+        try:
+            if self._verdict is None:
+                result = call(*args, **options)
+        except Exception as error:
+            self._raise_verdict(error)
+            raise
+        if self._verdict is not None:
+            self._raise_verdict(None)
+        return result
+
+    def follow(self, what: str, axis: MeshAxis, is_done: Callable[[], object]) -> None:
+        """Keep a collective of the backend's own in mind until it is done."""
+        if self._thread is None:
+            self._start()
+        assert axis.group is not None, "an axis of several ranks has a group"
+        at = self._num_calls[axis.group] = self._num_calls.get(axis.group, 0) + 1
+        self._number += 1
+        while self._calls and self._calls[0].is_done():
+            self._calls.popleft()
+        self._calls.append(_Call(what, axis, at, time.monotonic(), self._number, is_done))
+        self._past.append(self._calls[-1])
+
+    def past(self) -> Sequence[_Call]:
+        """Return the last calls of the backend's own, oldest first."""
+        return tuple(self._past)
 
     def _raise_verdict(self, cause: Exception | None) -> None:
         with contextlib.suppress(RuntimeError):  # the store may be gone with its host
@@ -186,14 +311,14 @@ class _Watchdog:
                 return
 
     def _look(self) -> None:
-        waiting = self._waiting
+        waiting = self._waiting or next((call for call in tuple(self._calls) if not call.is_done()), None)
         if waiting is None or time.monotonic() - waiting.since < PATIENCE_S:
             if self._has_told:
                 self._has_told = False
                 _store().set(str(dist.get_rank()), "null")
             return
         self._has_told, self._beat = True, self._beat + 1
-        _store().set(str(dist.get_rank()), json.dumps(_told(waiting, self._beat)._asdict()))
+        _store().set(str(dist.get_rank()), json.dumps(waiting.told(self._beat)._asdict()))
         if dist.get_rank() == 0:
             self._judge()
         self._take_verdict()
@@ -220,6 +345,9 @@ class _Watchdog:
                 self._answers += [_answer(wait) for wait in waits if wait.peer == dist.get_rank()]
                 self._verdict = explain(waits)
                 _store().add(_TOLD, 1)
+                for group in list(self._num_calls):
+                    # each in a thread: the abort of one communicator may wait for kernels that another's would end
+                    threading.Thread(target=_abort, args=(group,), daemon=True).start()
 
     def _await_others(self) -> None:
         """Stay until every rank has learnt of the verdict: connections close when a process ends."""
@@ -245,23 +373,10 @@ def _store() -> Any:
     return torch._C._distributed_c10d.PrefixStore("craken/waits", dist.distributed_c10d._get_default_store())
 
 
-def _told(wait: _Wait, beat: int) -> Waiting:
-    call, message = wait.exchange.call, wait.exchange.message(wait.at)
-    axis, group = call.axis, call.axis.group
-    assert group is not None
-    return Waiting(
-        what=call.what,
-        call=f"{group.group_name}/{call.tag}",
-        members=[axis.global_rank(rank) for rank in range(axis.size)],
-        rank=dist.get_rank(),
-        peer=axis.global_rank(message.peer),
-        group=group.group_name,
-        tag=call.tag,
-        num_bytes=message.tensor.nbytes,
-        is_sent=message.is_sent,
-        number=wait.number,
-        beat=beat,
-    )
+def _abort(group: dist.ProcessGroup) -> None:
+    """End the group's collectives, where its backend can: NCCL's kernels return, and so does who waits for them."""
+    with contextlib.suppress(RuntimeError):  # it may be gone already
+        group.abort()
 
 
 def _answer(wait: Waiting) -> Any:

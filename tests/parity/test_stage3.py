@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 from typing import Any, ClassVar
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -195,6 +196,68 @@ def step_inside() -> None:
 
 def test_whole_copies_follow_the_shards(run_ranks) -> None:
     run_ranks(step_inside, 2)
+
+
+class Thinned(Tower):
+    """Runs the first block of every few."""
+
+    def forward(self, x: Tensor, *, every: int = 1) -> Tensor:
+        x = F.pad(x, (0, WIDTH - x.shape[-1]))
+        for block in self.blocks[::every]:
+            x = block(x)
+        return self.head(x)
+
+
+def drop_layers() -> list[set[str]]:
+    """Drop other layers from step to step, on all ranks, with an evaluation of all between the micro-batches.
+
+    Returns the blocks that each micro-batch gathered.
+    """
+    from craken.comm import event_log
+
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        pair, gathered = Pair(3, Thinned(), accumulation=2), []
+    for step, every in enumerate((1, 3, 3, 2, 1)):
+        for micro in range(2):
+            with torch.no_grad():
+                pair.engine(inputs(0, pair.rank))
+            with event_log() as events:
+                pair.engine.backward(error(pair.engine(inputs(2 * step + micro, pair.rank), every=every)))
+            gathers = [event.label for event in events if event.op == "all_gather"]
+            gathered.append({label.split(".")[1] for label in gathers if label.startswith("blocks.")})
+            pair.engine.step()
+            pair.twin_backward(2 * step + micro, factor=0.5, every=every)
+        pair.twin_step()
+    pair.assert_same_weights(atol=1e-5)
+    pair.close()
+    return gathered
+
+
+def test_layers_may_be_dropped_on_all_ranks_and_the_new_order_is_learnt(run_ranks) -> None:
+    for gathered in run_ranks(drop_layers, 2):
+        assert len(gathered[0]) == LAYERS
+        assert gathered[5] == {"0", "3", "6", "9"}, "what the pass before did not use was gathered"
+
+
+def keep_an_alias() -> None:
+    """A step and an alias kept beyond it, which would end the process."""
+    with patch.dict("os.environ", {"CRAKEN_DEBUG_FREED": "1"}):
+        pair = Pair(3, tower())
+    kept: list[Tensor] = []
+    weight = pair.model.blocks[0].up.weight
+    hook = pair.model.blocks[0].up.register_forward_hook(lambda *_: kept.append(weight.detach().t()))
+    for step in range(2):
+        pair.step_both(step)
+        assert all(alias.isnan().all() for alias in kept)
+    hook.remove()
+    assert len(kept) == 2
+    pair.assert_same_weights(atol=1e-5)
+    pair.close()
+
+
+def test_an_alias_that_is_kept_reads_as_nan_where_that_is_asked_for(run_ranks) -> None:
+    run_ranks(keep_an_alias, 2)
 
 
 def leave_no_trace() -> None:

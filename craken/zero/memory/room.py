@@ -4,6 +4,9 @@ On CUDA the storage shrinks to nothing and grows again; the caching allocator ma
 go through malloc, which either keeps the memory and mixes it with activations (peaks of 1.4 times the need), or returns
 it and faults it in again 4 KiB at a time (a step takes 1.4 times as long). There each buffer is a mapping of its own:
 freeing forbids access, and the pages go back at once or wait for the next buffer of that size (IdlePages).
+
+Who keeps an alias of a weight too long is hard to find so: with CRAKEN_DEBUG_FREED=1 nothing is given back, and what
+would be reads as NaN, which anomaly detection and a look at the values find.
 """
 
 from __future__ import annotations
@@ -20,6 +23,8 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+
+from craken.log import warn_once
 
 _PROT_NONE, _PROT_READ_WRITE = 0, mmap.PROT_READ | mmap.PROT_WRITE
 _MAYMOVE_FIXED_DONTUNMAP = 1 | 2 | 4  # of mremap; the last is known since Linux 5.7
@@ -102,6 +107,9 @@ class IdlePages:
 
 def room_for(numel: int, dtype: torch.dtype, device: torch.device, idle: IdlePages | None = None) -> Room:
     """Return a room for `numel` elements; on the host its pages go to and come from `idle`, where that is given."""
+    if os.environ.get("CRAKEN_DEBUG_FREED") == "1":
+        warn_once("CRAKEN_DEBUG_FREED=1: freed weights stay in memory, filled with NaN")
+        return _Poisoned(torch.empty(numel, dtype=dtype, device=device))
     is_large = numel * dtype.itemsize >= _SMALLEST_MAPPING
     if device.type == "cpu" and is_large and _system("mprotect") is not None:
         return _Mapping(numel, dtype, idle)
@@ -124,6 +132,24 @@ class _Storage:
     @property
     def num_bytes(self) -> int:
         return self.flat.untyped_storage().nbytes()
+
+
+class _Poisoned:
+    """A tensor that is kept and reads as NaN (integers: -1 or the largest) where its memory would be given back."""
+
+    def __init__(self, flat: Tensor) -> None:
+        self.flat, self._is_taken = flat, True
+
+    def take(self) -> None:
+        self._is_taken = True
+
+    def give_back(self) -> None:
+        self.flat.view(torch.uint8).fill_(0xFF)
+        self._is_taken = False
+
+    @property
+    def num_bytes(self) -> int:
+        return self.flat.nbytes if self._is_taken else 0
 
 
 class _Mapping:

@@ -26,6 +26,22 @@ def test_memory_comes_back_at_the_same_address(dtype) -> None:
     assert alias.tolist() == [7] * 5
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.uint8])
+@pytest.mark.parametrize("numel", [3, 100_001])
+def test_what_is_given_back_reads_as_nan_where_that_is_asked_for(monkeypatch, dtype, numel) -> None:
+    monkeypatch.setenv("CRAKEN_DEBUG_FREED", "1")
+    room = room_for(numel, dtype, torch.device("cpu"))
+    alias = room.flat[1:]
+    room.flat.fill_(3)
+    room.give_back()
+    assert room.num_bytes == 0
+    assert (alias.isnan() if dtype.is_floating_point else alias == 255).all()
+    room.take()
+    assert room.num_bytes == numel * dtype.itemsize
+    room.flat.fill_(7)
+    assert alias.eq(7).all()
+
+
 def test_what_is_mapped_is_counted_until_it_goes() -> None:
     gc.collect()
     before = mapped_bytes()
