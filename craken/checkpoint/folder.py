@@ -172,14 +172,20 @@ def publish(staging: Staging) -> None:
 def discard(staging: Staging) -> None:
     """Delete what lies under the staging name (an unfinished folder, or the one just replaced); unlock it."""
     if isinstance(staging, StagedRemotely):
-        remote.tidy(staging.path)
+        remote.tidy(staging.path.tag)
         return
     _delete(staging.path)
     os.close(staging.lock_fd)
 
 
-def delete_tag(path: Path) -> None:
-    """Delete the checkpoint folder `path`, which first loses its name: cut short, the next save goes on with it."""
+def delete_tag(path: Place) -> None:
+    """Delete the checkpoint `path`, which first loses its name, in a store its index: cut short, no half is left.
+
+    The rest of a folder goes with the next save then, in a store with the next one under the tag.
+    """
+    if isinstance(path, Url):
+        remote.delete_tag(path)
+        return
     path = path.rename(path.with_name(f".{path.name}.tmp-{secrets.token_hex(8)}"))
     sync_folder(path.parent)
     _delete(path)

@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from craken.checkpoint import folder as folders
-from craken.checkpoint.blocks import ComingBlock, at_once, begin_block, size_problem
+from craken.checkpoint.blocks import ComingBlock, Submit, at_once, begin_block, size_problem
 from craken.checkpoint.entry import (
     RANK_STATE,
     RESERVED_KINDS,
@@ -125,22 +126,29 @@ class Reader:
         fit.
         """
         with record_function("craken::checkpoint::read"), closing(_Files(self.path)) as files:
-            _land_in_order(arrival for wish in wishes for arrival in self._begin(wish, files))
+            _land_in_order(self._begin(wishes, files))
 
-    def _begin(self, wish: Wish, files: _Files) -> Iterator[_Arrival]:
-        """Start to read what a wish needs, a block at each step."""
+    def _begin(self, wishes: Iterable[Wish], files: _Files) -> Iterator[_Arrival]:
+        """Start to read what wishes need, a block at each step; what several in a row want of it comes at once."""
+        wanted = (part for wish in wishes for part in self._parts(wish))
+        for _, group in groupby(wanted, key=lambda part: (part.read.file, part.read.start)):
+            parts = list(group)
+            wish, read, record, submit = parts[0]
+            in_place = len(parts) == 1 and read.is_whole and in_host_memory(wish.out)
+            scratch = None if in_place else torch.empty(read.num_bytes, dtype=torch.uint8, device="cpu")
+            memory = memory_of(_place_in(wish.out, read) if scratch is None else scratch)
+            file = files.open(read.file, is_shared=wish.is_shared)
+            yield _Arrival(begin_block(self.path, file, read, memory, record, submit), scratch, parts)
+
+    def _parts(self, wish: Wish) -> list[_Part]:
+        """Return the reads that a wish needs."""
         record, out = self._record(wish.kind, wish.spec.fqn), wish.out
         _check_fits(record, wish.spec, out)
         itemsize, block_bytes = out.dtype.itemsize, self._index.block_bytes
         reads = plan_reads(record, wish.spec.offset, wish.spec.numel, itemsize=itemsize, block_bytes=block_bytes)
         is_small = sum(read.num_bytes for read in reads) <= _SMALL_BYTES
         submit = at_once if is_small else self._threads.submit
-        for read in reads:
-            in_place = read.is_whole and in_host_memory(out)
-            scratch = None if in_place else torch.empty(read.num_bytes, dtype=torch.uint8, device="cpu")
-            memory = memory_of(_place_in(out, read) if scratch is None else scratch)
-            file = files.open(read.file, is_shared=wish.is_shared)
-            yield _Arrival(begin_block(self.path, file, read, memory, record, submit), read, scratch, out)
+        return [_Part(wish, read, record, submit) for read in reads]
 
     def read_full(self, kind: str, fqn: str) -> Tensor:
         """Return a whole tensor, new, on the CPU."""
@@ -176,19 +184,28 @@ def _check_fits(record: TensorRecord, spec: ShardSpec, out: Tensor) -> None:
         )
 
 
+class _Part(NamedTuple):
+    """What a wish needs of a block, and how the block is to be read."""
+
+    wish: Wish
+    read: BlockRead
+    record: TensorRecord
+    submit: Submit
+
+
 class _Arrival(NamedTuple):
-    """A block on its way, into its place or, where only a part of it is wanted there, into `scratch` [num_bytes]."""
+    """A block on its way, into its place or, where parts of it are wanted, into `scratch` [num_bytes]."""
 
     block: ComingBlock
-    read: BlockRead
     scratch: Tensor | None
-    out: Tensor
+    parts: list[_Part]
 
     def land(self) -> None:
         """Check the block, and put what is wanted of it where it belongs."""
         self.block.check()
         if self.scratch is not None:
-            _place_in(self.out, self.read).copy_(self.scratch[self.read.skip : self.read.skip + self.read.take])
+            for wish, read, *_ in self.parts:
+                _place_in(wish.out, read).copy_(self.scratch[read.skip : read.skip + read.take])
 
 
 def _land_in_order(coming: Iterable[_Arrival]) -> None:
@@ -207,7 +224,7 @@ def _land_in_order(coming: Iterable[_Arrival]) -> None:
 
 
 def _scratch_bytes(arrivals: Iterable[_Arrival]) -> int:
-    return sum(arrival.read.num_bytes for arrival in arrivals if arrival.scratch is not None)
+    return sum(arrival.scratch.numel() for arrival in arrivals if arrival.scratch is not None)
 
 
 def _place_in(out: Tensor, read: BlockRead) -> Tensor:  # uint8 [take]

@@ -57,11 +57,18 @@ def publish(staged: StagedUrl) -> None:
     write(staged.tag / INDEX_NAME, store.cat_file(path))
 
 
-def tidy(staged: StagedUrl) -> None:
+def delete_tag(tag: Url) -> None:
+    """Delete the index, with which the checkpoint ends, then all files of ours under the tag."""
+    store, path = reach(tag / INDEX_NAME)
+    store.rm_file(path)
+    tidy(tag)
+
+
+def tidy(tag: Url) -> None:
     """Delete files of ours that the tag's index doesn't name: replaced ones, or all that a failed save has written."""
     try:
-        store, root = reach(staged.tag)
-        names = _names_in(staged.tag)
+        store, root = reach(tag)
+        names = _names_in(tag)
         kept: set[str] = set()
         if INDEX_NAME in names:
             index = json.loads(store.cat_file(f"{root}/{INDEX_NAME}"))
@@ -69,7 +76,7 @@ def tidy(staged: StagedUrl) -> None:
         for name in filter(_OURS.fullmatch, sorted(set(names) - kept)):
             store.rm_file(f"{root}/{name}")
     except (OSError, ValueError, KeyError, TypeError) as error:
-        warn_once(f"cannot delete what is no longer needed in {staged.tag} ({error}); remove it by hand")
+        warn_once(f"cannot delete what is no longer needed in {tag} ({error}); remove it by hand")
 
 
 def write(file: Url, data: bytes) -> None:

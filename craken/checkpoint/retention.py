@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import os
-from pathlib import Path
 from typing import NamedTuple
 
 from craken.checkpoint import folder as folders
 from craken.checkpoint.blocks import size_problem
 from craken.checkpoint.errors import CheckpointDamaged, CheckpointNotFound
 from craken.checkpoint.index import INDEX_NAME, read_index
-from craken.checkpoint.place import modified_ns, place_of
+from craken.checkpoint.place import Place, modified_ns, place_of
 from craken.checkpoint.verifier import verify
 from craken.log import warn_once
 
@@ -55,7 +54,7 @@ def newest_whole(folder: str | os.PathLike[str]) -> Found:
     return Found(None, damaged)
 
 
-def delete_older(folder: Path, *, keep_last: int) -> None:
+def delete_older(folder: Place, *, keep_last: int) -> None:
     """Delete the checkpoints in `folder` that are older than its `keep_last` newest whole ones.
 
     Never that which `latest` names, nor folders that are no checkpoints or of a newer format. A deletion that a kill
@@ -68,7 +67,7 @@ def delete_older(folder: Path, *, keep_last: int) -> None:
         warn_once(f"cannot look for old checkpoints in {folder} ({error}); remove them by hand")
 
 
-def _delete_older(folder: Path, keep_last: int) -> None:
+def _delete_older(folder: Place, keep_last: int) -> None:
     named, num_whole = _named_by_latest(folder), 0
     for tag in newest_first(folder):
         try:
@@ -81,7 +80,7 @@ def _delete_older(folder: Path, keep_last: int) -> None:
         num_whole += is_whole
 
 
-def _delete(path: Path) -> None:
+def _delete(path: Place) -> None:
     try:
         folders.delete_tag(path)
     except FileNotFoundError:  # by another process
@@ -90,7 +89,7 @@ def _delete(path: Path) -> None:
         warn_once(f"cannot delete the old checkpoint {path} ({error}); remove it by hand")
 
 
-def _is_whole(path: Path) -> bool:
+def _is_whole(path: Place) -> bool:
     """Claim that the index can be read and that all files are there; ValueError for a newer format."""
     try:
         return all(size_problem(path, file) is None for file in read_index(path).files)
@@ -98,7 +97,7 @@ def _is_whole(path: Path) -> bool:
         return False
 
 
-def _named_by_latest(folder: Path) -> str | None:
+def _named_by_latest(folder: Place) -> str | None:
     try:
         return folders.find(folder, None)[0]
     except CheckpointNotFound:

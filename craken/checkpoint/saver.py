@@ -25,7 +25,7 @@ from craken.checkpoint.agreement import do_on_all, run_on_all
 from craken.checkpoint.blocks import BLOCK_BYTES
 from craken.checkpoint.entry import RANK_STATE, RESERVED_KINDS, SHARED_STATE, Entry, Piece, entry_of
 from craken.checkpoint.index import INDEX_NAME, WrittenFile, build_index, index_to_text
-from craken.checkpoint.place import Place, Url, place_of
+from craken.checkpoint.place import Place, place_of
 from craken.checkpoint.plan import assign_writers
 from craken.checkpoint.recovery_script import leave_script
 from craken.checkpoint.remote import StagedUrl
@@ -89,10 +89,10 @@ def save(
 
     `folder` lies on storage that all ranks share, or is the URL of a store. `rank_state` is kept for each rank,
     `shared_state` is taken from rank 0. The pieces of all ranks together must tile every tensor. A checkpoint that has
-    the tag is replaced in one step. `keep_last` deletes older checkpoints in `folder` (no URL) beyond so many, once the
-    new one is there. Raises the same error on all ranks, with the ranks it comes from: ValueError for pieces or states
-    that cannot be stored (before anything is written), OSError when a file system refuses; checkpoints there before
-    stay intact.
+    the tag is replaced in one step. `keep_last` deletes older checkpoints in `folder` beyond so many, once the new one
+    is there. Raises the same error on all ranks, with the ranks it comes from: ValueError for pieces or states that
+    cannot be stored (before anything is written), OSError when a file system refuses; checkpoints there before stay
+    intact.
     """
     target = Target(place_of(folder), tag, save_latest, keep_last)
     with record_function(f"craken::checkpoint::save ({tag})"):
@@ -170,7 +170,7 @@ def publish(prepared: Prepared, files: Sequence[WrittenFile]) -> Place | None:
     folders.publish(staging)
     if target.save_latest:
         folders.move_latest(target.folder, target.tag)
-    if target.keep_last is not None and isinstance(target.folder, Path):
+    if target.keep_last is not None:
         delete_older(target.folder, keep_last=target.keep_last)
     return target.folder / target.tag
 
@@ -179,8 +179,6 @@ def _announce(target: Target, plan: Plan) -> tuple[Plan, tuple[str, list[Entry]]
     folders.check_tag(target.tag)
     if target.keep_last is not None and target.keep_last < 1:
         raise ValueError(f"keep_last: expected at least 1 (None keeps all checkpoints), got {target.keep_last}")
-    if target.keep_last is not None and isinstance(target.folder, Url):
-        raise ValueError(f"keep_last: expected a folder of this host, got {target.folder}; leave deleting to the store")
     return plan, (target.tag, plan.entries)
 
 

@@ -11,7 +11,9 @@ from enum import Enum, auto
 from pathlib import Path
 from typing import Any
 
-from craken.checkpoint.place import host_path
+from craken.checkpoint import CheckpointNotFound, Place, Reader, place_of
+from craken.checkpoint.folder import has_latest
+from craken.checkpoint.place import Url, host_path
 from craken.train.presets import PRESETS, Preset
 
 DEFAULT_PROMPT = """\
@@ -23,9 +25,11 @@ class TestSort(unittest.TestCase):
         self.assertEqual("""
 AUTO = "auto"
 FLAGS = "flags.json"
+KEPT_FLAGS = "flags"  # in a checkpoint's client state
 BATCH_SIZE = "train_batch_size"  # beside the flags in their file: sequences a step, over all ranks
 KEPT_CHECKPOINTS = 2
-PATH_FLAGS = frozenset({"data", "config", "cache"})
+CHECKPOINTS = "checkpoints"  # the folder in the output
+PATH_FLAGS = frozenset({"data", "config", "cache", "checkpoints"})
 PRECISIONS = ("bf16", "fp16", "fp32")
 
 EXAMPLES = """\
@@ -38,6 +42,8 @@ examples:
   craken train --resume runs/notes            go on where a run was stopped
   craken train --output runs/notes --resume auto
                                               the same command begins the run, and goes on with it after a stop
+  craken train --checkpoints s3://bucket/notes --resume auto
+                                              the same on a machine that has nothing of the run yet
   deepspeed --num_gpus=4 -m craken.train --zero 2
                                               ranks started by a launcher (`deepspeed`, `craken launch`, torchrun)
 """
@@ -73,6 +79,7 @@ class Options:
     seed: int
     ranks: int | None
     output: Path
+    checkpoints: Place
     cache: Path
     prompt: str
     resume: Resume
@@ -177,12 +184,17 @@ def _add_output(group: argparse._ArgumentGroup) -> None:
         "--output", metavar="DIR", help="folder for everything the run makes (default: runs/MODEL-zeroN)"
     )
     group.add_argument(
+        "--checkpoints",
+        metavar="DIR|URL",
+        help="where checkpoints go: another folder, or a store that fsspec reaches (default: in the output)",
+    )
+    group.add_argument(
         "--resume",
         nargs="?",
         const="",
-        metavar="DIR|auto",
-        help="go on with the run in DIR (default: in --output), same flags; `auto`: with the one in --output from its "
-        "newest checkpoint that is whole, or begin if there is none",
+        metavar="DIR|URL|auto",
+        help="go on with the run in DIR (default: in --output) or with checkpoints at URL, same flags; `auto`: with "
+        "the run in --output or --checkpoints from its newest checkpoint that is whole, or begin if there is none",
     )
     group.add_argument(
         "--cache", metavar="DIR", help="where tokenised text is kept (default: .craken_cache beside the output)"
@@ -203,9 +215,10 @@ def resolve(given: Mapping[str, Any], *, has_accelerator: bool) -> Options:
     model = given.get("model", "small")
     preset = PRESETS.get(model, PRESETS["small"])
     zero = given.get("zero", _stage_in(config))
-    output = host_path(given["output"]) if "output" in given else _free_folder(_default_output(model, zero))
-    if resume is Resume.NEVER and (output / "metrics.jsonl").exists():
-        raise ValueError(f"{output} already holds a run; go on with it (--resume {output}) or choose another --output")
+    output = _output_in(given) if "output" in given else _free_folder(_default_output(model, zero))
+    checkpoints = place_of(given.get("checkpoints", output / CHECKPOINTS))
+    if resume is Resume.NEVER:
+        _check_unused(output, checkpoints)
     steps = given.get("steps", preset.steps)
     return Options(
         model=model,
@@ -228,6 +241,7 @@ def resolve(given: Mapping[str, Any], *, has_accelerator: bool) -> Options:
         seed=given.get("seed", 0),
         ranks=given.get("ranks"),
         output=output,
+        checkpoints=checkpoints,
         cache=host_path(given["cache"]) if "cache" in given else output.parent / ".craken_cache",
         prompt=given.get("prompt", DEFAULT_PROMPT),
         resume=resume,
@@ -237,12 +251,17 @@ def resolve(given: Mapping[str, Any], *, has_accelerator: bool) -> Options:
     )
 
 
-def save_given(options: Options, *, num_ranks: int, batch_size: int) -> None:
-    """Write the flags of this run into its folder for `--resume`, paths made absolute: it may come from elsewhere."""
-    paths = {name: str(Path(options.given[name]).expanduser().resolve()) for name in PATH_FLAGS & options.given.keys()}
+def flags_to_keep(options: Options, *, num_ranks: int, batch_size: int) -> dict[str, Any]:
+    """Return the flags of this run for `--resume`, paths made absolute: it may come from elsewhere."""
+    paths = {name: _absolute(options.given[name]) for name in PATH_FLAGS & options.given.keys()}
     if options.preset is None:
-        paths["model"] = str(Path(options.model).expanduser().resolve())
-    text = json.dumps({**options.given, **paths, "ranks": num_ranks, BATCH_SIZE: batch_size}, indent=2)
+        paths["model"] = _absolute(options.model)
+    return {**options.given, **paths, "output": str(options.output), "ranks": num_ranks, BATCH_SIZE: batch_size}
+
+
+def save_given(options: Options, *, num_ranks: int, batch_size: int) -> None:
+    """Write the flags of this run into its folder."""
+    text = json.dumps(flags_to_keep(options, num_ranks=num_ranks, batch_size=batch_size), indent=2)
     file = options.output / FLAGS
     partial = file.with_name(FLAGS + ".partial")
     partial.write_text(text + "\n", "utf-8")
@@ -253,6 +272,11 @@ def _with_earlier(given: dict[str, Any], resume: str) -> dict[str, Any]:
     """Return the flags of the run in `resume` (or in --output), overridden by those given now."""
     if resume == AUTO:
         return _with_earlier_if_any(given)
+    if resume and isinstance(place_of(resume), Url):
+        earlier = _flags_at(resume)
+        if not earlier:
+            raise ValueError(f"--resume {resume}: no checkpoint of a run there; expected a run's --checkpoints")
+        return {**earlier, **given, "checkpoints": resume}
     folder = resume or given.get("output", "")
     if not folder:
         raise ValueError(
@@ -271,9 +295,38 @@ def _with_earlier_if_any(given: dict[str, Any]) -> dict[str, Any]:
     """
     zero = given.get("zero", _stage_in(_read_config(given.get("config"))))
     output = given.get("output", str(_default_output(given.get("model", "small"), zero)))
-    file = host_path(output) / FLAGS
-    earlier = json.loads(file.read_text("utf-8")) if file.exists() else {}
+    file = _output_in({"output": output}) / FLAGS
+    earlier = json.loads(file.read_text("utf-8")) if file.exists() else _flags_at(given.get("checkpoints"))
     return {**earlier, **given, "output": output}
+
+
+def _flags_at(checkpoints: str | None) -> dict[str, Any]:
+    """Return the flags in the latest checkpoint of a folder or a URL; none without one."""
+    try:
+        client = Reader(checkpoints).shared_value("client") if checkpoints else None
+    except CheckpointNotFound:
+        return {}
+    return dict(client.get(KEPT_FLAGS, {})) if isinstance(client, dict) else {}
+
+
+def _output_in(given: Mapping[str, Any]) -> Path:
+    try:
+        return host_path(given["output"])
+    except ValueError as error:
+        raise ValueError(f"{error}: write --checkpoints {given['output']} beside an --output of this host") from error
+
+
+def _check_unused(output: Path, checkpoints: Place) -> None:
+    """ValueError where a run has been before: nothing is overwritten."""
+    if (output / "metrics.jsonl").exists():
+        raise ValueError(f"{output} already holds a run; go on with it (--resume {output}) or choose another --output")
+    if has_latest(checkpoints):
+        raise ValueError(f"{checkpoints} already holds checkpoints; go on (--resume auto) or choose another place")
+
+
+def _absolute(path: str) -> str:
+    place = place_of(path)
+    return str(place.expanduser().resolve()) if isinstance(place, Path) else path
 
 
 def _default_output(model: str, zero: int) -> Path:

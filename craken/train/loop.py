@@ -16,19 +16,17 @@ from rich.console import Console
 from torch import Tensor
 
 import craken
-from craken.checkpoint import Found, newest_whole, run_on_all
+from craken.checkpoint import Found, Place, newest_whole, run_on_all
 from craken.comm import MeshAxis, bytes_sent, get_accelerator, world_axis
 from craken.stop import Stop, StopRequest, agree
 from craken.train import huggingface
-from craken.train.arguments import Resume
+from craken.train.arguments import KEPT_FLAGS, Resume, flags_to_keep
 from craken.train.evaluate import validate
 from craken.train.metrics import EvalMetrics, MetricsFile, StepMetrics
 from craken.train.prepare import Plan
 from craken.train.progress import RunProgress
 from craken.train.report import write_report
 from craken.train.windows import Batch, Windows, predicted_tokens, unigram_entropy, validation_numbers
-
-CHECKPOINTS = "checkpoints"  # the folder in the output
 
 
 @dataclass(frozen=True)
@@ -97,9 +95,10 @@ class Trainer:
 
     def save(self) -> None:
         """Collective: write a checkpoint; the engine drops old ones."""
-        folder = self.plan.options.output / CHECKPOINTS
-        state = {"elapsed_s": self.elapsed_s}
-        self.engine.save_checkpoint(str(folder), tag=f"step{self.engine.global_steps}", client_state=state)
+        options, batch_size = self.plan.options, self.plan.batch.train_batch_size
+        flags = flags_to_keep(options, num_ranks=self.axis.size, batch_size=batch_size)
+        state = {"elapsed_s": self.elapsed_s, KEPT_FLAGS: flags}
+        self.engine.save_checkpoint(options.checkpoints, tag=f"step{self.engine.global_steps}", client_state=state)
 
     def save_model(self, folder: Path) -> None:
         """Collective: write the model as `from_pretrained` reads it; its weights are whole on all ranks meanwhile."""
@@ -195,7 +194,8 @@ class Trainer:
 
     def _load(self) -> int:
         """Collective: go on from a checkpoint if the run is to; returns the steps done."""
-        folder, resume = self.plan.options.output / CHECKPOINTS, self.plan.options.resume
+        options = self.plan.options
+        folder, resume = options.checkpoints, options.resume
         tag = None
         if resume is Resume.NEVER:
             return 0
@@ -204,13 +204,13 @@ class Trainer:
             if tag is None:
                 self.console.print(f"no checkpoint in {folder}: beginning", soft_wrap=True, markup=False)
                 return 0
-        path, state = self.engine.load_checkpoint(str(folder), tag=tag)
+        path, state = self.engine.load_checkpoint(folder, tag=tag)
         if path is None or state is None:
-            raise ValueError(f"--resume: no checkpoint in {folder}; begin with --resume auto --output {folder.parent}")
+            raise ValueError(f"--resume: no checkpoint in {folder}; begin with --resume auto --output {options.output}")
         self.elapsed_s = float(state["elapsed_s"])
         return int(self.engine.global_steps)
 
-    def _agreed_newest(self, folder: Path) -> str | None:
+    def _agreed_newest(self, folder: Place) -> str | None:
         """Collective: return the tag of the newest whole checkpoint that rank 0 finds."""
 
         def look() -> tuple[None, str | None]:

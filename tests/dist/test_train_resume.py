@@ -12,6 +12,9 @@ from typing import NamedTuple
 import pytest
 import torch.distributed as dist
 
+from craken.checkpoint import list_tags
+from tests.dist.test_checkpoint_url import reach_store
+
 TEXT = "\n".join(f"def add_{n}(left, right):\n    return left + right * {n}\n" for n in range(250))
 STEPS, SAVED_AT = 7, 2
 CONFIG = {"optimizer": {"type": "AdamW"}, "gradient_clipping": 0.3}  # Muon computes in bf16, which magnifies rounding
@@ -83,6 +86,30 @@ def test_the_curve_goes_on_and_a_step_keeps_its_sequences(run_ranks, tmp_path, w
     said = f"keeps its 32 sequences: accumulation {batch[2]} instead of 8"
     assert run.shown.count(said) == ("--accumulation" not in flags)
 
+
+
+def train_with_store(*argv: str) -> Run:
+    reach_store()
+    return train(*argv)
+
+
+def test_a_run_goes_on_from_a_store_where_nothing_else_of_it_is_left(run_ranks, tmp_path, whole) -> None:
+    output, expected = whole
+    store = tmp_path / "store"
+    shutil.copytree(output / "checkpoints" / f"step{SAVED_AT}", store / f"step{SAVED_AT}")
+    (store / "latest").write_text(f"step{SAVED_AT}")
+    url, rest = f"shared://{store}", expected.losses[SAVED_AT:]
+    where = ["--output", str(tmp_path / "one"), "--checkpoints", url, "--keep-last", "2"]
+    run = run_ranks(train_with_store, 2, *where, "--resume", "auto")[0]
+    assert (run.losses, run.batch) == (rest, expected.batch)
+    assert list_tags(store) == ["step6", "step7"]
+    shutil.rmtree(store / "step7")
+    (store / "latest").write_text("step6")
+    run = run_ranks(train_with_store, 1, "--resume", url, "--output", str(tmp_path / "two"))[0]
+    assert run.losses == pytest.approx(rest[4:], abs=1e-6)
+    assert run.batch == (32, 2, 16)
+    run = run_ranks(train_with_store, 1, "--resume", str(tmp_path / "two"), "--steps", "8")[0]
+    assert len(run.losses) == 2
 
 
 def command(*argv: str) -> tuple[int, str]:

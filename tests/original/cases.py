@@ -43,6 +43,7 @@ class Case:
     config: dict[str, Any] = field(default_factory=dict)
     zero: dict[str, Any] = field(default_factory=dict)
     num_groups: int = 2
+    decay: float = 0.1
     accumulation: int = 1
     is_universal: bool = False
     has_own_scheduler: bool = False
@@ -54,6 +55,11 @@ class Case:
 
 TORCH_ADAM = {"betas": [0.9, 0.98], "torch_adam": True}
 MOMENTUM: dict[str, Any] = {"kind": "SGD", "optimizer": {"momentum": 0.9}, "states": ("momentum_buffer",)}
+OFFLOADED, UNSCATTERED = {"offload_optimizer": {"device": "cpu"}}, {"reduce_scatter": False}
+LION: dict[str, Any] = {"kind": "Lion", "states": ("exp_avg",)}
+LAMB: dict[str, Any] = {"kind": "Lamb", "optimizer": {"betas": [0.9, 0.98], "max_coeff": 5.0}}
+MUON: dict[str, Any] = {"kind": "Muon", "optimizer": {"ns_method": "standard"}, "num_groups": 1}
+MUON["states"] = ("momentum_buffer", "exp_avg", "exp_avg_sq")
 CASES = {
     "fp32-stage0": Case(0, "fp32", num_groups=1),
     "bf16-stage0": Case(0, "bf16"),
@@ -77,6 +83,16 @@ CASES = {
     "0.16.9-fp32-stage3": Case(3, "fp32", optimizer=TORCH_ADAM, release="0.16.9"),
     "0.14.5-bf16-stage2": Case(2, "bf16", optimizer=TORCH_ADAM, release="0.14.5"),
     "adagrad-fp32-stage0": Case(0, "fp32", kind="Adagrad", optimizer={}, states=("sum",)),
+    # its kernel leaves the decay out of the step, and takes it into the sum
+    "cpu-adagrad-fp32-stage2": Case(
+        2, "fp32", zero=OFFLOADED, kind="Adagrad", optimizer={}, states=("sum",), decay=0.0
+    ),
+    "cpu-lion-fp32-stage2": Case(2, "fp32", zero=OFFLOADED, **LION),
+    "lion-fp32-stage1": Case(1, "fp32", **LION),
+    "lamb-fp32-stage0": Case(0, "fp32", **LAMB),
+    "lamb-fp16-stage0": Case(0, "fp16", {"fp16": {"enabled": True, "initial_scale_power": 0}}, **LAMB),
+    # it clips Muon's updates in place of the gradients; at stage 3 it fails on matrices of several shapes
+    "muon-bf16-stage2": Case(2, "bf16", {"gradient_clipping": 0.0}, zero=UNSCATTERED, **MUON),
 }
 
 
@@ -112,9 +128,9 @@ def groups_of(case: Case, model: nn.Module) -> list[dict[str, Any]]:
     """Return the optimizer groups: all in one, or biases and norms without weight decay in another."""
     trained = [param for param in model.parameters() if param.requires_grad]
     if case.num_groups == 1:
-        return [{"params": trained, "weight_decay": 0.1}]
+        return [{"params": trained, "weight_decay": case.decay}]
     return [
-        {"params": [param for param in trained if param.dim() > 1], "weight_decay": 0.1},
+        {"params": [param for param in trained if param.dim() > 1], "weight_decay": case.decay},
         {"params": [param for param in trained if param.dim() <= 1], "weight_decay": 0.0},
     ]
 

@@ -35,8 +35,10 @@ def train_and_save(case: Case, folder: str) -> dict[str, Any]:
     import numpy as np
     import torch
 
+    from tests.original import kernels
     from tests.original.cases import scheduler_of
 
+    kernels.install()
     torch.set_num_threads(1)
     deepspeed.init_distributed(dist_backend="gloo")
     rank = torch.distributed.get_rank()

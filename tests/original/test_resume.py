@@ -14,7 +14,9 @@ import torch
 import torch.distributed as dist
 
 from craken.checkpoint import Reader, verify
+from craken.checkpoint.original.files import read_original
 from craken.checkpoint.original.importing import import_original
+from craken.checkpoint.original.replicated import trained_by_all
 from tests.original.cases import CASES, SAVED_AT, STEPS_AFTER, Model, config_of, groups_of, scheduler_of, train
 
 FILES = Path(__file__).parent / "files"
@@ -25,6 +27,8 @@ TOLERANCE = {"fp32": 2e-6, "bf16": 1e-3, "fp16": 5e-4}  # ten, four and four tim
 # are smaller by the scale, and what it does next is nothing to follow. The weights and the next loss are right.
 NUM_COMPARED = {"fp16-stage0": 1}
 WITHOUT_ACCESSORS = ("bf16-stage0", "fp16-stage0", "fp16-stage0-static", "fp32-stage2", "sgd-bf16-stage0")
+WITHOUT_ACCESSORS += ("lamb-fp16-stage0",)
+MATRICES = ("up.weight", "down.weight")  # those that Muon updates
 
 
 def unpack(name: str, folder: Path) -> Path:
@@ -119,6 +123,37 @@ def test_every_stage_goes_on_with_the_losses_of_the_original(run_ranks, imported
             assert set(client) == {"epoch", "pair", "best", "seen", "at"}
 
 
+def load_weights(folder: str) -> dict[str, Any]:
+    """Return an fp32 engine's weights after it has loaded `folder`."""
+    import craken
+
+    case = CASES["fp32-stage0"]
+    model = Model()
+    config = config_of(case, 2, dist.get_world_size())
+    engine, *_ = craken.initialize(model=model, model_parameters=groups_of(case, model), config=config)
+    engine.load_checkpoint(folder, load_module_only=True)
+    return {name: param.tolist() for name, param in model.named_parameters()}
+
+
+def test_weights_alone_stay_in_their_file_and_in_their_dtype_until_they_are_written(run_ranks, tmp_path) -> None:
+    folder = unpack("bf16-stage0", tmp_path)
+    file = folder / "global_step5" / "mp_rank_00_model_states.pt"
+    content = torch.load(file, weights_only=False)
+    torch.save({**content, "optimizer": None}, file)
+    model = read_original(file)
+    weights = {name: value for name, value in model["module"].items() if name != "head.weight"}
+    trained = trained_by_all(file, weights, None, None)
+    assert [piece.tensor.data_ptr() for piece in trained.pieces] == [value.data_ptr() for value in weights.values()]
+    import_original(folder, tmp_path / "ours")
+    reader = Reader(tmp_path / "ours")
+    for name in reader.names("weight"):
+        assert torch.equal(reader.read_full("weight", name), weights[name])
+        assert weights[name].dtype == torch.bfloat16
+    for loaded in run_ranks(load_weights, 2, str(tmp_path / "ours")):
+        assert loaded == {name: value.float().tolist() for name, value in weights.items() if name in loaded}
+        assert len(loaded) == 9
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_masters_and_moments_are_those_the_original_tells_to_the_bit(imported, name) -> None:
     reader, expected = Reader(imported(name)), told(name)["tensors"]
@@ -130,6 +165,11 @@ def test_masters_and_moments_are_those_the_original_tells_to_the_bit(imported, n
         assert value.dtype == torch.float32
         assert value.numpy().tobytes() == base64.b64decode(text), key
     trained = [name for name, param in Model().named_parameters() if param.requires_grad]
-    for kind in ("weight", *(f"optimizer.{state}" for state in CASES[name].states)):
-        assert sorted(reader.names(kind)) == sorted(trained)
+    assert sorted(reader.names("weight")) == sorted(trained)
+    for state in CASES[name].states:
+        is_matrix_state = state == "momentum_buffer" if CASES[name].kind == "Muon" else None
+        of = [name for name in trained if is_matrix_state in (None, name in MATRICES)]
+        assert sorted(reader.names(f"optimizer.{state}")) == sorted(of)
+    stored = {kind.removeprefix("optimizer.") for kind in reader.kinds() if kind.startswith("optimizer.")}
+    assert stored == set(CASES[name].states)
     assert sorted(reader.names("frozen")) == ["frozen.bias", "frozen.weight"]

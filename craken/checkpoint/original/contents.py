@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +15,7 @@ from craken.checkpoint.entry import Piece
 from craken.checkpoint.errors import CheckpointDamaged
 from craken.spec import OPTIMIZER, WEIGHT, ShardSpec
 
-_STEP = "step"
+_STEP, _SUM = "step", OPTIMIZER + "sum"
 # settings that belong to the kernel that ran, or to the optimizer's class: ours keeps its own
 _NOT_CARRIED = {"params", "param_names", _STEP, "bias_correction", "amsgrad", "maximize", "decoupled_weight_decay"}
 _NOT_CARRIED |= {"foreach", "fused", "capturable", "differentiable"}
@@ -72,8 +72,21 @@ class Trained:
                 self.scalars[slot.name] = scalars_for_torch(scalars)
 
     def add_piece(self, kind: str, spec: ShardSpec, tensor: Tensor) -> None:
-        """Take in a part of a master or of its state, which both are kept in fp32."""
-        self.pieces.append(Piece(kind, spec, tensor.detach().reshape(-1).to(torch.float32)))
+        """Take in a part of a master or of its state as it lies in its file, of any dtype: nothing is copied."""
+        self.pieces.append(Piece(kind, spec, tensor.detach().reshape(-1)))
+
+    def rename_states(self) -> None:
+        """Give states the names that torch's optimizers have for them, and leave out what the original never reads.
+
+        Its groups' settings tell the classes apart: Adagrad for offloaded states keeps its sum of squares as
+        `exp_avg_sq`, Lion for offloaded states makes one beside its momentum.
+        """
+        settings = set().union(*(self.groups or ()))
+        squares = OPTIMIZER + "exp_avg_sq"
+        if "eps" in settings and "betas" not in settings:
+            self.pieces = [replace(p, kind=_SUM) if p.kind == squares else p for p in self.pieces]
+        elif "betas" in settings and "eps" not in settings:
+            self.pieces = [p for p in self.pieces if p.kind != squares]
 
     def check_whole(self, shapes: Mapping[str, Shape], where: Path) -> None:
         """CheckpointDamaged naming the parameters of which the parts do not make up the whole."""

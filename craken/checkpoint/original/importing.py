@@ -71,6 +71,7 @@ def import_original(
         check_bytes(file)
     models = [_model_in(file) for file in found.model_files]
     trained = _trained(found, models[0], names)
+    trained.rename_states()
     pieces = [*trained.pieces, *_untrained(found, models, trained)]
     save(
         out,

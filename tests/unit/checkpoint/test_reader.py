@@ -50,6 +50,27 @@ def test_only_the_blocks_needed_are_read(tmp_path: Path, small_blocks: None, mon
     assert sum(fetched) == 3 * 64  # elements 16..63, 16 a block
 
 
+def test_a_block_is_read_once_for_all_ranges_in_a_row_that_want_a_part_of_it(
+    tmp_path: Path, small_blocks: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full = numbers(24, 8)  # 2 rows a block
+    save_on_ranks(tmp_path, "a", [Brought([shard("param", "w", full, low, low + 64)]) for low in (0, 64, 128)])
+    fetched: list[int] = []
+    real = os.preadv
+    reader = Reader(tmp_path)
+    monkeypatch.setattr(os, "preadv", lambda fd, to, at: (fetched.append(len(to[0])), real(fd, to, at))[1])
+    columns = torch.empty(24, 3)
+    specs = [ShardSpec("w", (24, 8), row * 8 + 2, 3) for row in range(24)]
+    reader.read_all(Wish("param", spec, out) for spec, out in zip(specs, columns, strict=True))
+    assert torch.equal(columns, full[:, 2:5])
+    assert fetched == [64] * 12
+    fetched.clear()
+    outs = [torch.empty(16) for _ in range(3)]  # the same block whole, for several
+    reader.read_all(Wish("param", ShardSpec("w", (24, 8), 32, 16), out) for out in outs)
+    assert all(torch.equal(out.view(2, 8), full[4:6]) for out in outs)
+    assert fetched == [64]
+
+
 LARGE = 3 * (1 << 20) + 5  # fp32 elements: two blocks, the parts of neither at whole pages
 
 

@@ -171,6 +171,40 @@ def test_a_killed_saver_s_files_are_no_checkpoint_and_go_with_the_next(url: str)
     assert len(names()) == 5
 
 
+def test_old_checkpoints_go_and_the_index_of_each_goes_first(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for step in (9, 10, 11):
+        save_one(url, f"step{step}", {"w": torch.full((4,), float(step))}, keep_last=2)
+    assert list_tags(url) == ["step10", "step11"]
+    assert [name for name in names() if name.startswith("step9/")] == []
+    STORE.pipe_file("/bucket/run/step10/note.txt", b"of somebody else's")
+    refused = type(STORE).rm_file
+
+    def cut_short(store: Any, file: str) -> None:
+        if file.endswith(".safetensors"):
+            raise OSError("out of reach")
+        refused(store, file)
+
+    monkeypatch.setattr(type(STORE), "rm_file", cut_short)
+    save_one(url, "step12", {"w": torch.ones(4)}, keep_last=2)
+    monkeypatch.undo()
+    assert list_tags(url) == ["step11", "step12"]
+    assert [verify(f"{url}/{tag}") for tag in ("step11", "step12")] == [[], []]
+    left = ["note.txt", "rank-00000.safetensors"]
+    assert [name for name in names() if name.startswith("step10/")] == [f"step10/{name}" for name in left]
+
+
+def test_where_the_store_tells_no_times_numbers_say_which_are_old(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def without_times(store: Any, path: str) -> Any:
+        raise NotImplementedError
+
+    monkeypatch.setattr(type(STORE), "modified", without_times)
+    for step in (8, 9, 10):
+        save_one(url, f"step{step}", {"w": torch.ones(4)}, keep_last=2)
+    assert list_tags(url) == ["step9", "step10"]
+    save_one(url, "step3", {"w": torch.ones(4)}, keep_last=2)  # after going back: what `latest` names stays
+    assert list_tags(url) == ["step3", "step9", "step10"]
+
+
 def test_damage_in_a_store_is_named(url: str) -> None:
     save_one(url, "a", {"w": numbers(1000)})
     path = next(path for path in STORE.find("/bucket/run/a") if path.endswith(".safetensors"))
@@ -249,7 +283,6 @@ def test_only_checkpoints_lie_in_stores(url: str, tmp_path: Path, capsys, caplog
         lambda: import_checkpoint(["memory://bucket/original", str(tmp_path / "out")]),
         lambda: import_checkpoint([str(tmp_path), "memory://bucket/out"]),
         lambda: train(["--output", "memory://bucket/out"]),
-        lambda: train(["--resume", "memory://bucket/out"]),
         lambda: train(["--resume", "auto", "--output", "memory://bucket/out"]),
     ):
         caplog.clear()

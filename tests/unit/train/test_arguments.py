@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from craken.train.arguments import Resume, build_parser, parse, resolve, save_given
+from craken.checkpoint import place_of
+from craken.train.arguments import Resume, build_parser, flags_to_keep, parse, resolve, save_given
+from tests.unit.checkpoint.ranks import save_one
 
 
 @pytest.fixture(autouse=True)
@@ -87,9 +89,38 @@ def test_auto_begins_in_a_folder_that_stays_the_same_and_goes_on_with_its_flags(
     assert _resolve("--config", "ds.json", "--resume", "auto").output == Path("runs/small-zero3")
 
 
+def test_checkpoints_lie_in_the_output_unless_said_otherwise(tmp_path) -> None:
+    assert _resolve("--output", "run").checkpoints == Path("run/checkpoints")
+    assert _resolve("--checkpoints", "disk").checkpoints == Path("disk")
+    first = _resolve("--checkpoints", "memory://bucket/notes/", "--cache", "file:///cache", "--output", "run")
+    assert first.checkpoints == place_of("memory://bucket/notes")
+    first.output.mkdir()
+    save_given(first, num_ranks=2, batch_size=32)
+    again = _resolve("--resume", "run")
+    assert (again.checkpoints, again.cache) == (first.checkpoints, Path("/cache"))
+
+
+@pytest.mark.parametrize("where", ["disk", "memory://bucket/notes"])
+def test_a_checkpoint_tells_the_flags_where_the_output_is_gone(where) -> None:
+    first = _resolve("--model", "tiny", "--data", "text", "--checkpoints", where, "--steps", "9", "--output", "run")
+    flags = flags_to_keep(first, num_ranks=2, batch_size=16)
+    save_one(where, "step1", {}, shared_state={"client": {"flags": flags}})
+    again = _resolve("--checkpoints", where, "--output", "new", "--resume", "auto")
+    assert (again.output, again.resume, str(again.checkpoints)) == (Path("new"), Resume.IF_POSSIBLE, where)
+    assert (again.model, again.steps, again.ranks, again.kept_batch_size) == ("tiny", 9, 2, 16)
+    if "://" in where:
+        again = _resolve("--resume", where, "--steps", "12")
+        assert (again.output, again.resume, again.steps) == (Path("run"), Resume.ALWAYS, 12)
+        assert again.checkpoints == first.checkpoints
+    with pytest.raises(ValueError, match=f"{where} already holds checkpoints; go on"):
+        _resolve("--checkpoints", where)
+
+
 MISTAKES = [
     (["--resume", "nowhere"], "no run of craken train there"),
     (["--resume"], "write --resume DIR"),
+    (["--resume", "memory://bucket/none"], "memory://bucket/none: no checkpoint of a run there"),
+    (["--output", "memory://bucket/out"], "write --checkpoints memory://bucket/out beside an --output of this host"),
     (["--config", "missing.json"], r"--config missing\.json does not exist"),
     (["--config", "broken.json"], "is not JSON"),
     (["--config", "list.json"], "holds a list; expected a JSON object"),
