@@ -17,6 +17,7 @@ no daemon: the interpreter waits for it, and ends with 1 where it failed and nob
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Iterable
@@ -34,7 +35,8 @@ from craken.checkpoint.agreement import Failure, combined, failure_of, run_on_al
 from craken.checkpoint.entry import Piece, bytes_of
 from craken.checkpoint.index import WrittenFile
 from craken.checkpoint.place import Place
-from craken.checkpoint.saver import Prepared, Target, prepare, publish, write
+from craken.checkpoint.remote import StagedUrl
+from craken.checkpoint.saver import Agreed, Staged, Target, agree, publish, stage, write
 from craken.comm import Mailbox, MeshAxis, all_reduce_sum
 from craken.disk import pages, round_up
 from craken.log import log_dist, warn_once
@@ -78,11 +80,13 @@ class BackgroundSaver:
         axis: MeshAxis,
         rank_state: dict[str, Any],
         shared_state: dict[str, Any],
+        since_s: float,
     ) -> Place:
         """Collective over `axis`: begin a save as `saver.save` does, and return once everything is copied.
 
         Waits for the save before, and raises its failure if it had one: nothing is begun then. Errors before the
         writing are raised here, all later ones at the next `save` or `wait`, on all ranks. `pieces` are free on return.
+        since_s: the `time.perf_counter()` at which training stopped for it.
         """
         start_s = time.perf_counter()
         if self.is_writing:
@@ -90,18 +94,9 @@ class BackgroundSaver:
         self.wait()
         waited_s = time.perf_counter() - start_s
         with record_function(f"craken::checkpoint::copy ({target.tag})"):
-            prepared = prepare(target, pieces, axis=axis, rank_state=rank_state, shared_state=shared_state)
-            try:
-                (tensors, copy_s), _ = run_on_all(lambda: (self._copied(prepared), None), axis, doing=target.doing)
-                without_pieces = prepared._replace(plan=prepared.plan._replace(pieces=[]))
-                writing = _Writing(without_pieces, tensors, Mailbox(prepared.path.name, axis), axis)
-                self._under_way = _start(writing)
-            except BaseException:
-                if prepared.staging is not None:
-                    folders.discard(prepared.staging)
-                raise
-        num_bytes = sum(tensor.numel() for tensor in tensors)
-        self.stall = Stall(time.perf_counter() - start_s, waited_s, copy_s, num_bytes)
+            agreed = agree(target, pieces, axis=axis, rank_state=rank_state, shared_state=shared_state)
+            num_bytes, copy_s = self._begin(agreed, axis)
+        self.stall = Stall(time.perf_counter() - since_s, waited_s, copy_s, num_bytes)
         return target.folder / target.tag
 
     def wait(self) -> None:
@@ -136,9 +131,27 @@ class BackgroundSaver:
         if num_failed:
             raise RuntimeError(f"{int(num_failed)} of {axis.size} ranks lost the others while they saved a checkpoint")
 
-    def _copied(self, prepared: Prepared) -> tuple[list[Tensor], float]:
+    def _begin(self, agreed: Agreed, axis: MeshAxis) -> tuple[int, float]:
+        """Collective: make the folder, copy what this rank writes and start its thread; returns bytes and seconds."""
+        target = agreed.target
+        with contextlib.ExitStack() as unless_begun:
+
+            def stage_and_copy() -> tuple[tuple[folders.Staging | None, list[Tensor], float], Place | StagedUrl]:
+                staging, path = stage(target, axis.rank)
+                if staging is not None:
+                    unless_begun.callback(folders.discard, staging)
+                return (staging, *self._copied(agreed)), path
+
+            (staging, tensors, copy_s), paths = run_on_all(stage_and_copy, axis, doing=target.doing)
+            without_pieces = agreed._replace(plan=agreed.plan._replace(pieces=[]))
+            staged = Staged(without_pieces, staging, paths[0])
+            self._under_way = _start(_Writing(staged, tensors, Mailbox(staged.path.name, axis), axis))
+            unless_begun.pop_all()
+        return sum(tensor.numel() for tensor in tensors), copy_s
+
+    def _copied(self, agreed: Agreed) -> tuple[list[Tensor], float]:
         """Copy what this rank writes; returns host tensors, uint8 [num_bytes of an entry], and the copy's seconds."""
-        sources = [bytes_of(prepared.plan.pieces[i].tensor) for i in prepared.to_write]
+        sources = [bytes_of(agreed.plan.pieces[i].tensor) for i in agreed.to_write]
         starts, end = [], 0
         for source in sources:
             starts.append(end)
@@ -158,7 +171,7 @@ class BackgroundSaver:
 class _Writing(NamedTuple):
     """One save under way: what its thread works on."""
 
-    prepared: Prepared
+    staged: Staged
     tensors: list[Tensor]
     mailbox: Mailbox
     axis: MeshAxis
@@ -172,7 +185,7 @@ def _start(writing: _Writing) -> Future[None]:
 
 def _run(writing: _Writing, result: Future[None]) -> None:
     """Write, agree, and set the result."""
-    target, start_s = writing.prepared.target, time.perf_counter()
+    target, start_s = writing.staged.agreed.target, time.perf_counter()
     try:
         with record_function(f"craken::checkpoint::write ({target.tag})"):
             verdict = _write_and_agree(writing)
@@ -196,11 +209,11 @@ def _fail(result: Future[None], error: Exception) -> None:
 
 def _write_and_agree(writing: _Writing) -> list[Failure | None]:
     """Return for each rank what went wrong on it."""
-    prepared, tensors, mailbox, axis = writing
+    staged, tensors, mailbox, axis = writing
     outcome: _Outcome
     start_s = time.monotonic()
     try:
-        outcome = write(prepared, tensors, axis.rank)
+        outcome = write(staged, tensors, axis.rank)
     except Exception as error:  # noqa: BLE001 - all ranks raise it
         outcome = failure_of(error)
     patience_s = PATIENCE_S + _PATIENCE_RATIO * (time.monotonic() - start_s)
@@ -216,20 +229,20 @@ def _write_and_agree(writing: _Writing) -> list[Failure | None]:
 
 def _conclude(writing: _Writing, outcome: _Outcome, patience_s: float) -> list[Failure | None]:
     """Rank 0: put the folder in place once all ranks have written; say for each rank what went wrong on it."""
-    prepared, _, mailbox, axis = writing
-    assert prepared.staging is not None
+    staged, _, mailbox, axis = writing
+    assert staged.staging is not None
     try:
         others = mailbox.read([_letter_of(rank) for rank in range(1, axis.size)], patience_s=patience_s)
         outcomes: list[_Outcome] = [outcome, *others]
         files = [outcome for outcome in outcomes if isinstance(outcome, WrittenFile)]
         if len(files) < axis.size:
             return [outcome if isinstance(outcome, Failure) else None for outcome in outcomes]
-        publish(prepared, files)
+        publish(staged, files)
         return [None] * axis.size
     except Exception as error:  # noqa: BLE001 - all ranks raise it
         return [failure_of(error), *[None] * (axis.size - 1)]
     finally:
-        folders.discard(prepared.staging)
+        folders.discard(staged.staging)
 
 
 def _take_leave(writing: _Writing) -> None:

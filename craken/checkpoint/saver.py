@@ -60,16 +60,19 @@ class Plan(NamedTuple):
     shared_state: Any
 
 
-class Prepared(NamedTuple):
-    """What all ranks have agreed on before anything is written.
-
-    to_write: the positions of those entries that this rank writes. staging: rank 0's, whose `path` all ranks know.
-    """
+class Agreed(NamedTuple):
+    """What all ranks have agreed on before anything is written: who writes which of its entries (`to_write`)."""
 
     target: Target
     plan: Plan
     entries_by_rank: list[list[Entry]]
     to_write: list[int]
+
+
+class Staged(NamedTuple):
+    """A folder for a checkpoint that is not there yet. staging: rank 0's, whose `path` all ranks know."""
+
+    agreed: Agreed
     staging: folders.Staging | None
     path: Place | StagedUrl
 
@@ -96,36 +99,41 @@ def save(
     """
     target = Target(place_of(folder), tag, save_latest, keep_last)
     with record_function(f"craken::checkpoint::save ({tag})"):
-        prepared = prepare(target, pieces, axis=axis, rank_state=rank_state, shared_state=shared_state)
+        agreed = agree(target, pieces, axis=axis, rank_state=rank_state, shared_state=shared_state)
+        staging, paths = run_on_all(lambda: stage(target, axis.rank), axis, doing=target.doing)
+        staged = Staged(agreed, staging, paths[0])
         try:
-            tensors = [prepared.plan.pieces[i].tensor for i in prepared.to_write]
-            _, files = run_on_all(lambda: (None, write(prepared, tensors, axis.rank)), axis, doing=target.doing)
-            do_on_all(lambda: publish(prepared, files), axis, doing=target.doing)
+            tensors = [agreed.plan.pieces[i].tensor for i in agreed.to_write]
+            _, files = run_on_all(lambda: (None, write(staged, tensors, axis.rank)), axis, doing=target.doing)
+            do_on_all(lambda: publish(staged, files), axis, doing=target.doing)
         finally:
-            if prepared.staging is not None:
-                folders.discard(prepared.staging)
+            if staging is not None:
+                folders.discard(staging)
     return target.folder / tag
 
 
-def prepare(
+def agree(
     target: Target,
     pieces: Iterable[Piece],
     *,
     axis: MeshAxis,
     rank_state: dict[str, Any],
     shared_state: dict[str, Any],
-) -> Prepared:
-    """Collective over `axis`: check what all ranks bring, decide who writes what, and have rank 0 make the folder.
-
-    Rank 0 must `discard` the staging folder in the end. Errors as `save`'s.
-    """
+) -> Agreed:
+    """Collective over `axis`: check what all ranks bring and decide who writes what. Errors as `save`'s."""
     plan, announced = run_on_all(
         lambda: _announce(target, make_plan(pieces, rank_state, shared_state, axis.rank)), axis, doing=target.doing
     )
     entries_by_rank = _agreed_entries(announced)
-    to_write = assign_writers(entries_by_rank)[axis.rank]
-    staging, paths = run_on_all(lambda: _stage(target, axis.rank), axis, doing=target.doing)
-    return Prepared(target, plan, entries_by_rank, to_write, staging, paths[0])
+    return Agreed(target, plan, entries_by_rank, assign_writers(entries_by_rank)[axis.rank])
+
+
+def stage(target: Target, rank: int) -> tuple[folders.Staging | None, Place | StagedUrl]:
+    """Rank 0: make the folder and return it, to be discarded in the end, and the path that all ranks are to know."""
+    if rank != 0:
+        return None, target.folder
+    staging = folders.stage(target.folder, target.tag)
+    return staging, staging.path
 
 
 def make_plan(pieces: Iterable[Piece], rank_state: dict[str, Any], shared_state: dict[str, Any], rank: int) -> Plan:
@@ -149,21 +157,22 @@ def _state_piece(kind: str, fqn: str, tensor: torch.Tensor) -> Piece:
     return Piece(kind, ShardSpec.whole(fqn, tensor.shape), tensor)
 
 
-def write(prepared: Prepared, tensors: Sequence[torch.Tensor], rank: int) -> WrittenFile:
+def write(staged: Staged, tensors: Sequence[torch.Tensor], rank: int) -> WrittenFile:
     """Write this rank's file from `tensors`, one for each entry that it writes, of that entry's bytes."""
-    path = prepared.path
+    agreed, path = staged.agreed, staged.path
     if isinstance(path, Path) and not path.is_dir():
         raise FileNotFoundError(f"{path}, made by rank 0, is not visible here: save to storage that all ranks share")
-    return write_file(path / file_name(rank), [prepared.plan.entries[i] for i in prepared.to_write], tensors)
+    return write_file(path / file_name(rank), [agreed.plan.entries[i] for i in agreed.to_write], tensors)
 
 
-def publish(prepared: Prepared, files: Sequence[WrittenFile]) -> Place | None:
+def publish(staged: Staged, files: Sequence[WrittenFile]) -> Place | None:
     """Rank 0: write the index of all ranks' files, give the folder its name and return it; None on other ranks."""
-    target, staging = prepared.target, prepared.staging
+    agreed, staging, _ = staged
     if staging is None:
         return None
-    entries = [entry for entries in prepared.entries_by_rank for entry in entries]
-    index = build_index(files, entries, block_bytes=BLOCK_BYTES, shared_state=prepared.plan.shared_state)
+    target = agreed.target
+    entries = [entry for entries in agreed.entries_by_rank for entry in entries]
+    index = build_index(files, entries, block_bytes=BLOCK_BYTES, shared_state=agreed.plan.shared_state)
     folders.write_durably(staging.path / INDEX_NAME, index_to_text(index))
     if isinstance(target.folder, Path):
         leave_script(target.folder)
@@ -187,10 +196,3 @@ def _agreed_entries(announced: list[tuple[str, list[Entry]]]) -> list[list[Entry
     if len(set(tags)) > 1:
         raise ValueError(f"expected one tag on all ranks, got {dict(enumerate(tags))}: pass the same tag everywhere")
     return [entries for _, entries in announced]
-
-
-def _stage(target: Target, rank: int) -> tuple[folders.Staging | None, Place | StagedUrl]:
-    if rank != 0:
-        return None, target.folder
-    staging = folders.stage(target.folder, target.tag)
-    return staging, staging.path

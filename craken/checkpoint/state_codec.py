@@ -1,8 +1,9 @@
 """Turns a state (nested plain values, tensors, arrays) into JSON and named tensors, and back to exactly the same.
 
 `None`, booleans, integers, strings, finite floats, lists and dicts with string keys are themselves in JSON. All else
-is an object with the key "$": {"$": "tuple", "items": [...]}, {"$": "tensor", "name": ...}, and so on. Only the types
-listed here come back, so only they go in: a subclass or any other object is refused with its key path.
+is an object with the key "$": {"$": "tuple", "items": [...]}, {"$": "tensor", "name": ...}, and so on. Tensors of one
+element (a parameter's step count) are in the JSON too. Only the types listed here come back, so only they go in: a
+subclass or any other object is refused with its key path.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from craken.checkpoint.entry import can_store
+from craken.checkpoint.entry import bytes_of, can_store, code_of, dtype_of
 from craken.checkpoint.errors import CheckpointDamaged
 
 _TAG = "$"
@@ -41,7 +42,7 @@ def encode_state(state: Any, *, root: str) -> EncodedState:
     """Encode `state`, whose key paths start with `root`.
 
     ValueError naming the key path for a value that would not come back as it is. Tensors are borrowed, not copied;
-    they come back on the CPU, without requires_grad, parameters as plain tensors.
+    they come back on the CPU, without requires_grad, parameters as plain tensors. A part may be encoded already.
     """
     encoder = _Encoder()
     return EncodedState(encoder.encode(state, root), encoder.tensors)
@@ -84,6 +85,8 @@ class _Encoder:
             return _encode_number(value)
         if kind is list or kind in _CONTAINERS.values() or kind in _MAPPINGS.values():
             return self._container(value, path)
+        if kind is EncodedState:
+            return self._encoded(value, path)
         return self._leaf(value, path)
 
     def _container(self, value: Any, path: str) -> Any:
@@ -110,6 +113,11 @@ class _Encoder:
         ]
         return {_TAG: type(value).__name__, "pairs": pairs}
 
+    def _encoded(self, state: EncodedState, path: str) -> Any:
+        if not state.tensors:
+            return state.value
+        return self.encode(decode_state(state.value, state.tensors.__getitem__), path)  # under names of this encoder's
+
     def _leaf(self, value: Any, path: str) -> Any:
         if isinstance(value, np.generic) and value.dtype.kind in _ARRAY_KINDS:
             return {_TAG: "scalar", "dtype": value.dtype.str, "data": base64.b64encode(value.tobytes()).decode()}
@@ -117,7 +125,7 @@ class _Encoder:
             name = self._store(_stored_bytes(value.tobytes()), path)
             return {_TAG: "array", "dtype": value.dtype.str, "shape": list(value.shape), "name": name}
         if type(value) in (Tensor, torch.nn.Parameter) and can_store(value):
-            return {_TAG: "tensor", "name": self._store(value.detach().contiguous(), path)}
+            return self._tensor(value.detach().contiguous(), path)
         if type(value) is bytes and len(value) <= _INLINE_BYTES:
             return {_TAG: "bytes", "data": base64.b64encode(value).decode()}
         if type(value) is bytes:
@@ -127,6 +135,12 @@ class _Encoder:
             f"state at {path}: cannot store {what}; expected None, bool, int, float, complex, str, bytes, list, tuple, "
             "set, dict, OrderedDict, Counter, a dense tensor, a numpy array or scalar (no subclasses): convert it first"
         )
+
+    def _tensor(self, tensor: Tensor, path: str) -> Any:
+        if tensor.numel() != 1:
+            return {_TAG: "tensor", "name": self._store(tensor, path)}
+        data = base64.b64encode(bytes_of(tensor).cpu().numpy().tobytes()).decode()
+        return {_TAG: "inline tensor", "dtype": code_of(tensor.dtype), "shape": list(tensor.shape), "data": data}
 
     def _store(self, tensor: Tensor, path: str) -> str:
         name = f"{len(self.tensors)}:{path}"  # the number keeps names apart: a key may hold a dot
@@ -171,6 +185,15 @@ def _array_of(data: bytes, value: dict[str, Any], shape: list[int]) -> Any:
     return np.ndarray(shape, dtype, buffer=bytearray(data))
 
 
+def _tensor_of(value: dict[str, Any]) -> Tensor:
+    """Return the tensor of one element that lies in the JSON itself."""
+    data, shape = base64.b64decode(value["data"]), value["shape"]
+    try:
+        return torch.frombuffer(bytearray(data), dtype=dtype_of(value["dtype"])).view(shape)
+    except (ValueError, RuntimeError) as error:
+        raise CheckpointDamaged(f"a state's tensor is not as it was written: {error}; load another tag") from error
+
+
 _DECODERS: dict[str, Callable[[dict[str, Any], Callable[[str], Tensor]], Any]] = {
     "int": lambda value, _: int(value["hex"], 16),
     "float": lambda value, _: float(value["text"]),
@@ -180,4 +203,5 @@ _DECODERS: dict[str, Callable[[dict[str, Any], Callable[[str], Tensor]], Any]] =
     "scalar": lambda value, _: _array_of(base64.b64decode(value["data"]), value, [1])[0],
     "array": lambda value, fetch: _array_of(fetch(value["name"]).numpy().tobytes(), value, value["shape"]),
     "tensor": lambda value, fetch: fetch(value["name"]),
+    "inline tensor": lambda value, _: _tensor_of(value),
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
+import time
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -13,6 +14,8 @@ from torch import Tensor, nn
 
 from craken.checkpoint import BackgroundSaver, Piece, Place, Target, run_on_all
 from craken.checkpoint import save as save_folder
+from craken.checkpoint.entry import SHARED_STATE
+from craken.checkpoint.state_codec import EncodedState, encode_state
 from craken.comm import get_accelerator
 from craken.engine.engine import Engine
 from craken.log import log_dist
@@ -30,7 +33,7 @@ def save(
     background: BackgroundSaver,
 ) -> Place:
     """Collective: write the engine's whole state to `target`, if so configured in the background; returns the path."""
-    section = engine.parts.config.checkpoint
+    since_s, section = time.perf_counter(), engine.parts.config.checkpoint
     if target.keep_last is None:
         target = target._replace(keep_last=section.keep_last)
     if engine.accumulation.in_step and not section.save_gradients:
@@ -48,7 +51,9 @@ def save(
         optimizer["scalars"] = {name: scalars for one, _ in everyones for name, scalars in one.items()}
         optimizer["is_partly_of_ranks"] = any(has_own for _, has_own in everyones)
     if section.async_save:
-        path = background.save(target, pieces, axis=axis, rank_state=states.own, shared_state=states.shared)
+        path = background.save(
+            target, pieces, axis=axis, rank_state=states.own, shared_state=states.shared, since_s=since_s
+        )
         log_dist(f"saving {path} in the background: {_in_words(background)}")
         return path
     path = save_folder(
@@ -98,8 +103,11 @@ class _States(NamedTuple):
 
 def _states(
     engine: Engine, client_state: dict[str, Any], *, with_gradients: bool
-) -> tuple[_States, tuple[dict[str, dict[str, Any]], bool]]:
-    """Return this rank's and everyone's states; of the optimizer's, what others are to know and whether it has more."""
+) -> tuple[_States, tuple[dict[str, EncodedState], bool]]:
+    """Return this rank's and everyone's states; of the optimizer's, what others are to know and whether it has more.
+
+    What they are to know is encoded by parameter: step counts travel as text, tensors would take 200 us each.
+    """
     binding, scheduler, loader = engine.parts.binding, engine.lr_scheduler, engine.training_dataloader
     own = _rank_state(engine, with_gradients=with_gradients)
     optimizer: dict[str, Any] | None = None
@@ -121,7 +129,9 @@ def _states(
         "dataloader": None if loader is None else loader.state_dict(),
         "client": client_state,
     }
-    return _States(own, shared), (scalars, bool(own.get("optimizer")))
+    root = f"{SHARED_STATE}.optimizer.scalars"
+    known = {name: encode_state(state, root=f"{root}.{name}") for name, state in scalars.items()}
+    return _States(own, shared), (known, bool(own.get("optimizer")))
 
 
 def _tied_names(module: nn.Module) -> dict[str, str]:

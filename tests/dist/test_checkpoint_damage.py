@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import torch
 
 from craken.checkpoint import Reader, verify
 from tests.dist.topologies import Topology, start, train
@@ -25,7 +26,7 @@ def save_two(folder: str) -> list[list[float]]:
     losses = train(engine, 1)
     engine.save_checkpoint(folder, tag="first")
     losses += train(engine, 1)
-    engine.save_checkpoint(folder, tag="second")
+    engine.save_checkpoint(folder, tag="second", client_state={"table": torch.arange(100)})
     losses += train(engine, STEPS_AFTER)
     engine.destroy()
     return [losses[1 : 1 + STEPS_AFTER], losses[2:]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,9 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
 
 def begin(saver: BackgroundSaver, target: Target, *tensors: torch.Tensor, **states: Any) -> Path:
     pieces = [whole("param", f"w{i}", tensor) for i, tensor in enumerate(tensors)]
-    return saver.save(target, pieces, axis=ONE_RANK, **{"rank_state": {}, "shared_state": {}, **states})
+    return saver.save(
+        target, pieces, axis=ONE_RANK, since_s=time.perf_counter(), **{"rank_state": {}, "shared_state": {}, **states}
+    )
 
 
 def test_what_is_saved_is_what_was_there_at_the_call(tmp_path: Path, gate: threading.Event) -> None:
@@ -127,7 +130,7 @@ def test_ranks_that_lost_each_other_say_so(tmp_path: Path, monkeypatch: pytest.M
     def on_rank(rank: int) -> None:
         saver, axis = BackgroundSaver(), MeshAxis("dp", None, rank, 2)
         pieces = [shard("param", "w", torch.ones(10), 5 * rank, 5 * rank + 5)]
-        saver.save(Target(tmp_path, "a"), pieces, axis=axis, rank_state={}, shared_state={})
+        saver.save(Target(tmp_path, "a"), pieces, axis=axis, rank_state={}, shared_state={}, since_s=0.0)
         saver.wait()
 
     errors = run_ranks_as_threads(on_rank, 2)

@@ -53,7 +53,8 @@ VALUES = [
     np.float32(0.1), np.int64(-3), np.bool_(True), np.datetime64("2024-02-03", "D"), np.float64("nan"),
     np.arange(6, dtype=">i4").reshape(2, 3), np.array(3.0), np.empty((0, 4), np.float16), np.asfortranarray(np.eye(3)),
     np.array(["2020-01-01"], dtype="M8[s]"), np.array([1 + 2j]),
-    torch.tensor(1.0), torch.arange(6).reshape(2, 3), torch.empty(0, 2), torch.zeros(2, dtype=torch.bfloat16),
+    torch.tensor(1.0), torch.tensor([[-0.0]]), torch.tensor(2, dtype=torch.bfloat16), torch.tensor(True),
+    torch.arange(6).reshape(2, 3), torch.empty(0, 2), torch.zeros(2, dtype=torch.bfloat16),
     torch.tensor([True]), torch.tensor([1 + 2j]).conj(), torch.zeros(3).to(torch.float8_e4m3fn).view(torch.uint8),
 ]  # fmt: skip
 
@@ -81,8 +82,34 @@ def test_non_contiguous_tensors_and_parameters_come_back_as_plain_tensors() -> N
 
 
 def test_names_of_tensors_cannot_collide() -> None:
-    back = round_trip({"a": {"b": torch.tensor(1)}, "a.b": torch.tensor(2)})
-    assert (int(back["a"]["b"]), int(back["a.b"])) == (1, 2)
+    back = round_trip({"a": {"b": torch.tensor([1, 1])}, "a.b": torch.tensor([2, 2])})
+    assert (back["a"]["b"].tolist(), back["a.b"].tolist()) == ([1, 1], [2, 2])
+
+
+def test_step_counts_are_no_tensors_beside_the_json() -> None:
+    steps = {
+        f"w{i}": {"step": torch.tensor(float(i)), "scale": torch.full((1, 1), i, dtype=torch.bfloat16)}
+        for i in range(9)
+    }
+    encoded = encode_state(steps, root="state")
+    assert encoded.tensors == {}
+    assert same(decode_state(json.loads(json.dumps(encoded.value)), encoded.tensors.__getitem__), steps)
+
+
+def test_parts_that_are_encoded_already_come_back_as_what_they_were() -> None:
+    parts = {"a": {"step": torch.tensor(1.0)}, "b": {"row": torch.arange(3), "step": 2}, "c": {"row": torch.arange(4)}}
+    back = round_trip({name: encode_state(part, root=name) for name, part in parts.items()})
+    assert same(back, parts)
+
+
+@pytest.mark.parametrize(
+    "changed", [{"dtype": "F33"}, {"dtype": 3}, {"shape": [2]}, {"shape": "a"}, {"data": "AAA="}, {"data": ""}]
+)
+def test_a_step_count_that_was_never_written_is_damage(changed: dict[str, Any]) -> None:
+    encoded = encode_state(torch.tensor(3.0), root="state").value
+    assert float(decode_state(encoded, {}.__getitem__)) == 3.0
+    with pytest.raises(CheckpointDamaged):
+        decode_state({**encoded, **changed}, {}.__getitem__)
 
 
 class Color(enum.IntEnum):
