@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from tests.clients.clients_common import Run, assert_same, fresh_clients, tiny_llama, token_rows, whole_weights
 
