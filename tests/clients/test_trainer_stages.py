@@ -65,11 +65,12 @@ class Trained(NamedTuple):
     predictions: Any
 
 
-def arguments(folder: str, config: dict[str, Any] | None, **changes: Any) -> Any:
-    """Return TrainingArguments on gloo: DeepSpeed's with a config, torch's DDP without one."""
+def arguments(folder: str, config: dict[str, Any] | None, *, kind: Any = None, **changes: Any) -> Any:
+    """Return TrainingArguments (or a `kind` of them) on gloo: DeepSpeed's with a config, DDP's without one."""
     from accelerate import PartialState
     from transformers import TrainingArguments
 
+    kind = kind or TrainingArguments
     settings = {
         "output_dir": folder,
         "per_device_train_batch_size": 2,
@@ -87,11 +88,9 @@ def arguments(folder: str, config: dict[str, Any] | None, **changes: Any) -> Any
         "seed": 3,
     }
     if config is None:
-        return TrainingArguments(**{**settings, "use_cpu": True, "ddp_backend": "gloo", **changes})
+        return kind(**{**settings, "use_cpu": True, "ddp_backend": "gloo", **changes})
     PartialState(backend="gloo")  # accelerate counts one process on a CPU, unless the backend is named
-    return TrainingArguments(
-        **{**settings, "deepspeed": config, "accelerator_config": {"use_configured_state": True}, **changes}
-    )
+    return kind(**{**settings, "deepspeed": config, "accelerator_config": {"use_configured_state": True}, **changes})
 
 
 def plain_optimizers(model: Any) -> tuple[Any, Any]:
