@@ -76,6 +76,25 @@ def assert_same(run: Run, expected: Run, *, weights_within: float = 2e-5) -> Non
         )
 
 
+def plugin_of(stage: int, **options: Any) -> Any:
+    """Return accelerate's plugin; at stage 3 small parameters are sharded, too, as all of tiny models' are."""
+    from accelerate.utils import DeepSpeedPlugin
+
+    plugin = DeepSpeedPlugin(zero_stage=stage, **options)
+    plugin.deepspeed_config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    return plugin
+
+
+def accelerator_of(plugin: Any = None, **options: Any) -> Any:
+    """Return an Accelerator on gloo: DeepSpeed's with a plugin or several by name, torch's DDP without one."""
+    from accelerate import Accelerator
+    from accelerate.utils import InitProcessGroupKwargs
+
+    if plugin is None:
+        return Accelerator(cpu=True, **options)
+    return Accelerator(deepspeed_plugin=plugin, kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")], **options)
+
+
 @contextlib.contextmanager
 def fresh_clients(*, is_sharded: bool) -> Iterator[None]:
     """Have accelerate and transformers as a process finds them that `accelerate launch` has just started."""
