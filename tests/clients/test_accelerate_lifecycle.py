@@ -295,11 +295,17 @@ def test_the_same_model_can_be_trained_again_after_it_was_freed(run_ranks) -> No
     assert_same(run_ranks(trained_twice, 2, True)[0], run_ranks(trained_twice, 2, False)[0])
 
 
-def held(stage: int, device: str) -> tuple[dict[str, int], int]:
+def held(folder: str, stage: int, device: str) -> tuple[dict[str, int], int]:
     """Return what a rank holds by place after a step, and the number of parameters."""
     with fresh_clients(is_sharded=True):
-        offload = {"offload_optimizer_device": device, "offload_param_device": device if stage == 3 else "none"}
-        parts = prepared(stage, **offload)
+        param_device = device if stage == 3 else "none"
+        parts = prepared(
+            stage,
+            offload_optimizer_device=device,
+            offload_optimizer_nvme_path=folder,
+            offload_param_device=param_device,
+            offload_param_nvme_path=folder,
+        )
         take_steps(parts, 0, 1)
         ledger = parts[1].memory_ledger()
         numel = sum(weight.numel() for weight in whole_weights(parts[1].module).values())
@@ -307,12 +313,24 @@ def held(stage: int, device: str) -> tuple[dict[str, int], int]:
         return ledger, numel
 
 
-@pytest.mark.parametrize("device", ["none", "cpu"])
-@pytest.mark.parametrize(("stage", "num_whole", "num_sharded"), [(0, 4, 0), (1, 1, 3), (2, 1, 3), (3, 0, 4)])
-def test_a_rank_holds_its_share(run_ranks, stage, num_whole, num_sharded, device) -> None:
-    """In fp32: weights, which are their own masters, their gradients, and Adam's two states."""
-    if device == "cpu" and stage == 0:
-        pytest.skip("there is nothing to offload at stage 0")
-    for ledger, numel in run_ranks(held, 2, stage, device):
-        expected = 4 * numel * (num_whole + num_sharded / 2)
-        assert sum(ledger.values()) == pytest.approx(expected, rel=0.02), ledger
+@pytest.mark.parametrize(
+    ("stage", "device", "in_memory", "in_files"),
+    [
+        (0, "none", 4, 0),
+        (1, "none", 2.5, 0),
+        (1, "cpu", 2.5, 0),
+        (1, "nvme", 1.5, 1.5),
+        (2, "none", 2.5, 0),
+        (2, "cpu", 2.5, 0),
+        (2, "nvme", 1.5, 1.5),
+        (3, "none", 2, 0),
+        (3, "cpu", 2, 0),
+        (3, "nvme", 0.5, 1.5),
+    ],
+)
+def test_a_rank_of_two_holds_its_share(run_ranks, tmp_path: Path, stage, device, in_memory, in_files) -> None:
+    """In fp32, in units of the weights' bytes: weights, gradients and Adam's two states; in files, masters apart."""
+    for ledger, numel in run_ranks(held, 2, str(tmp_path), stage, device):
+        units = {place: num_bytes / (4 * numel) for place, num_bytes in ledger.items()}
+        assert units["device"] + units["host"] == pytest.approx(in_memory, rel=0.02)
+        assert units["nvme"] == pytest.approx(in_files, rel=0.02)
