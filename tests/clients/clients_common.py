@@ -76,12 +76,13 @@ def assert_same(run: Run, expected: Run, *, weights_within: float = 2e-5) -> Non
         )
 
 
-def plugin_of(stage: int, **options: Any) -> Any:
+def plugin_of(stage: int, *, keeps_optimizer: bool = False, **options: Any) -> Any:
     """Return accelerate's plugin; at stage 3 small parameters are sharded, too, as all of tiny models' are."""
     from accelerate.utils import DeepSpeedPlugin
 
     plugin = DeepSpeedPlugin(zero_stage=stage, **options)
     plugin.deepspeed_config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    plugin.deepspeed_config["zero_force_ds_cpu_optimizer"] = not keeps_optimizer
     return plugin
 
 

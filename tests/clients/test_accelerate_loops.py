@@ -73,3 +73,10 @@ def test_an_optimizer_whose_states_rest_on_the_host_trains_as_in_plain_pytorch(r
         plugin["offload_param_device"] = "cpu"
     runs = run_ranks(loop, 2, plugin, 1, name)
     assert_same(runs[0], run_ranks(loop, 2, None, 1, name)[0])
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_an_optimizer_of_the_users_own_rests_on_the_host_if_the_file_keeps_it(run_ranks, stage) -> None:
+    plugin = {"stage": stage, "gradient_clipping": 0.5, "offload_optimizer_device": "cpu", "keeps_optimizer": True}
+    runs = run_ranks(loop, 2, plugin, 1, "SGD")
+    assert_same(runs[0], run_ranks(loop, 2, None, 1, "SGD")[0])
