@@ -66,7 +66,10 @@ class Trained(NamedTuple):
 
 
 def arguments(folder: str, config: dict[str, Any] | None, *, kind: Any = None, **changes: Any) -> Any:
-    """Return TrainingArguments (or a `kind` of them) on gloo: DeepSpeed's with a config, DDP's without one."""
+    """Return TrainingArguments (or a `kind` of them) on gloo: DeepSpeed's with a config, DDP's without one.
+
+    An empty config leaves it to accelerate's environment.
+    """
     from accelerate import PartialState
     from transformers import TrainingArguments
 
