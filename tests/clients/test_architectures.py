@@ -85,12 +85,30 @@ WAVES = {
     "apply_spec_augment": False,
 }
 EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 1, "num_key_value_heads": 1, "max_position_embeddings": 32}
+LATENT = {
+    "num_key_value_heads": 2,
+    "kv_lora_rank": 8,
+    "q_lora_rank": 8,
+    "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 4,
+    "v_head_dim": 8,
+    "first_k_dense_replace": 1,
+    "moe_intermediate_size": 8,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_group": 1,
+    "topk_group": 1,
+}
 PATCHES = {"image_size": 32, "patch_size": 8, "num_labels": 3}
 
 ARCHITECTURES = [
     Architecture("GPT2LMHeadModel", "GPT2Config", causal, {"vocab_size": 64, "n_embd": 16, "n_layer": 2, "n_head": 2}),
     Architecture("Gemma2ForCausalLM", "Gemma2Config", causal, {**SIZES, "num_key_value_heads": 1, "head_dim": 8}),
     Architecture("MixtralForCausalLM", "MixtralConfig", causal, {**SIZES, **EXPERTS}),
+    Architecture("DeepseekV3ForCausalLM", "DeepseekV3Config", causal, {**SIZES, **LATENT}),
+    Architecture("JambaForCausalLM", "JambaConfig", causal,
+                 {**SIZES, "num_key_value_heads": 1, "num_experts": 2, "attn_layer_period": 2, "attn_layer_offset": 1,
+                  "use_mamba_kernels": False, "mamba_d_state": 4, "mamba_dt_rank": 4}),
     Architecture("MambaForCausalLM", "MambaConfig", causal, {**SIZES, "state_size": 4, "time_step_rank": 4}),
     Architecture("BertForMaskedLM", "BertConfig", causal, SIZES),
     Architecture("DistilBertForSequenceClassification", "DistilBertConfig", classes,
@@ -105,6 +123,7 @@ ARCHITECTURES = [
     Architecture("BartForConditionalGeneration", "BartConfig", causal, {**BART, "max_position_embeddings": 32}),
     Architecture("Wav2Vec2ForCTC", "Wav2Vec2Config", wave, WAVES),
     Architecture("HubertForCTC", "HubertConfig", wave, {**WAVES, "conv_pos_batch_norm": False}),
+    Architecture("SEWDForCTC", "SEWDConfig", wave, {**WAVES, "squeeze_factor": 2}),
     Architecture("WhisperForConditionalGeneration", "WhisperConfig", spectrogram,
                  {**BART, "num_mel_bins": 8, "max_source_positions": 20, "max_target_positions": 16,
                   "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}),
@@ -114,6 +133,8 @@ ARCHITECTURES = [
                   "window_size": 4, "num_labels": 3}),
     Architecture("ResNetForImageClassification", "ResNetConfig", images,
                  {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "num_labels": 3}),
+    Architecture("SegformerForImageClassification", "SegformerConfig", images,
+                 {"hidden_sizes": [8] * 4, "depths": [1] * 4, "num_attention_heads": [1] * 4, "num_labels": 3}),
     Architecture("CLIPModel", "CLIPConfig", image_and_text,
                  {"text_config": {**SIZES, "max_position_embeddings": 16, "eos_token_id": 63},
                   "vision_config": {**SIZES, **PATCHES}, "projection_dim": 8}),

@@ -133,8 +133,6 @@ def train(folder: str, config: dict[str, Any] | None, **changes: Any) -> Trained
 @pytest.mark.parametrize("device", ["none", "cpu", "nvme"])
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_a_trainer_trains_evaluates_and_predicts_as_in_plain_pytorch(run_ranks, tmp_path: Path, stage, device) -> None:
-    if device == "nvme" and stage < 3:
-        pytest.skip("one stage with files is enough")
     config = auto_config(stage, device, str(tmp_path))
     got = run_ranks(train, 2, str(tmp_path), config)[0]
     expected = run_ranks(train, 2, str(tmp_path), None)[0]

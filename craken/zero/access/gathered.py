@@ -49,10 +49,10 @@ class _Before(NamedTuple):
 
 
 class _Said(NamedTuple):
-    """What the modifier rank of a block tells the others: a loan begins, the oldest one ends, or the block does."""
+    """What the modifier rank of a block tells the others: a loan begins or ends, or the block does."""
 
     verb: Literal["lend", "return", "end"]
-    number: int = 0  # of the parameter that is lent
+    number: int = 0  # of the parameter that is lent or returned
     refused: tuple[str, ...] = ()  # parameters whose `.data` has another shape now
 
 
@@ -137,7 +137,10 @@ class GatheredParameters:
             return
         self._tell(_Said("lend", place.number), place.axis)
         while are_too_many([loan.param for loan in self._loans]):
-            self._tell(_Said("return"), place.axis)
+            idle = [loan for loan in self._loans[:-1] if len(loan.place.gatherers) == 1]  # no block inside counts on it
+            if not idle:
+                break
+            self._tell(_Said("return", idle[0].place.number), place.axis)
 
     def _tell(self, said: _Said, axis: MeshAxis) -> None:
         broadcast_object(said, axis, axis.rank)
@@ -160,8 +163,9 @@ class GatheredParameters:
             self._loans.append(loan)
             place.residence.pin(place.group, self)
         else:
-            loan = self._loans.pop(0)
-            self._mine = [asked for asked in self._mine if asked is not loan]
+            loan = next(loan for loan in self._loans if loan.place.number == said.number)
+            self._loans = [other for other in self._loans if other is not loan]
+            self._mine = [other for other in self._mine if other is not loan]
             _publish(loan, source)
             self._release([loan], [loan])
 
