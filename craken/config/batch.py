@@ -55,11 +55,16 @@ def _nothing_given(steps: int | None) -> str:
 def _checked(sizes: BatchSizes, ranks: int) -> BatchSizes:
     product = sizes.micro_batch_size * sizes.accumulation_steps * ranks
     if sizes.train_batch_size != product:
+        remedy = f"write {product}, or leave one of the three keys out"
+        if sizes.train_batch_size * ranks == product:
+            remedy += (
+                "; accelerate counts 1 process on CPUs, unless "
+                "Accelerator(kwargs_handlers=[InitProcessGroupKwargs(backend='gloo')]) names the backend"
+            )
         raise ValueError(
             f"train_batch_size: expected train_micro_batch_size_per_gpu {sizes.micro_batch_size} x "
             f"gradient_accumulation_steps {sizes.accumulation_steps} x {ranks} data-parallel rank"
-            f"{'s' if ranks > 1 else ''} = {product}, got {sizes.train_batch_size}; "
-            f"write {product}, or leave one of the three keys out"
+            f"{'s' if ranks > 1 else ''} = {product}, got {sizes.train_batch_size}; {remedy}"
         )
     return sizes
 

@@ -66,12 +66,15 @@ def _precision(config: Config) -> Iterator[Problem]:
 def _offload(zero: ZeroOptimization) -> Iterator[Problem]:
     for name in ("offload_param", "offload_optimizer"):
         offload = getattr(zero, name)
-        if offload.device == "nvme" and offload.nvme_path in (None, "none"):  # the text is accelerate's
+        if offload.device == "nvme" and offload.nvme_path in (None, "none"):
+            remedy = 'write for example "nvme_path": "/local_nvme"'
+            if offload.nvme_path == "none":  # accelerate's word: it drops what its own file says
+                remedy += f", or set ACCELERATE_DEEPSPEED_{name.upper()}_NVME_PATH for accelerate launch"
             yield Problem(
                 f"zero_optimization.{name}.nvme_path",
                 'a folder on the disk, as "device" is "nvme"',
                 "nothing" if offload.nvme_path is None else shown(offload.nvme_path),
-                'write for example "nvme_path": "/local_nvme"',
+                remedy,
             )
     if zero.offload_param.device != "none" and zero.stage < PARAMETERS_SHARDED:
         yield Problem(

@@ -52,6 +52,7 @@ from craken.zero import (
     returning_freed_memory,
     shard_model,
     take_out,
+    unwatch_attributes,
 )
 
 # What a unit of stage 3 may hold, in elements: live weights are one unit in use and one gathered ahead.
@@ -100,6 +101,7 @@ def build_parts(request: Request, config: Config, axis: MeshAxis, accelerator: A
     batch = resolve_batch(config, axis.size)
     precision = precision_of(config, batch.accumulation_steps)
     device = accelerator.device()
+    unwatch_attributes(request.model)  # for `Init`, which has built it: from now on the engine's hooks do
     named = named_parameters(request.model)
     trainable = [(name, param) for name, param in named if param.requires_grad]
     optimizer = get_optimizer(request, config, trainable)

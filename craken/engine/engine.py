@@ -366,6 +366,7 @@ class Engine(nn.Module):
         self._reducer.abandon_backward()
         if self._lifecycle is not None:
             self._lifecycle.retire()
+            self.standing.end()
         _let_go(self._handles, self.groups)
 
     def check_integrity(self) -> None:

@@ -11,10 +11,14 @@ from torch.optim import Optimizer
 
 from craken.config import Config
 from craken.engine.request import Request
+from craken.log import warn_once
 from craken.optim import Layout, build_optimizer, build_scheduler, fuse_where_open, param_layouts
 from craken.zero import Cut
 
-NO_OPTIMIZER = "the config has a scheduler but no optimizer: add an `optimizer` section or pass one"
+NO_OPTIMIZER = (
+    "the config has a scheduler but no optimizer that it could drive: passed over. To train, add an `optimizer` "
+    "section or pass one"
+)
 
 
 def get_optimizer(request: Request, config: Config, trainable: Sequence[tuple[str, nn.Parameter]]) -> Optimizer | None:
@@ -48,8 +52,9 @@ def get_scheduler(request: Request, config: Config, optimizer: Optimizer | None)
         return given(optimizer) if is_factory else given
     if config.scheduler is None:
         return None
-    if optimizer is None:
-        raise ValueError(NO_OPTIMIZER)
+    if optimizer is None:  # a training run's config, used to evaluate
+        warn_once(NO_OPTIMIZER)
+        return None
     return build_scheduler(config.scheduler.type, config.scheduler.params, optimizer)
 
 
@@ -59,11 +64,7 @@ def check_buildable(config: Config, *, has_optimizer: bool, has_scheduler: bool)
     has_optimizer, has_scheduler: the user hands one in, which wins over the config's. Needs no other rank: what is
     wrong with names and values comes out before ranks meet.
     """
-    if has_optimizer:
-        return
-    if config.optimizer is None:
-        if config.scheduler is not None and not has_scheduler:
-            raise ValueError(NO_OPTIMIZER)
+    if has_optimizer or config.optimizer is None:
         return
     optimizer = build_optimizer(config.optimizer.type, config.optimizer.params, [nn.Parameter(torch.zeros(2, 2))])
     param_layouts(optimizer)

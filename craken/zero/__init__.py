@@ -33,7 +33,14 @@ from craken.zero.building.groups import LiveBudget, ShardedLayers, ShardingPlan,
 from craken.zero.building.on_device import OnDevice
 from craken.zero.building.tiling import TiledLinear
 from craken.zero.group import ShardGroup
-from craken.zero.hooks import watch_gradients, watch_loading, watch_outputs, watch_reads, watch_units
+from craken.zero.hooks import (
+    unwatch_attributes,
+    watch_gradients,
+    watch_loading,
+    watch_outputs,
+    watch_reads,
+    watch_units,
+)
 from craken.zero.ledger import bytes_by_place
 from craken.zero.lifecycle import Lifecycle, Removable
 from craken.zero.memory.heap import GrowthTrimmer, keep_freed_memory, return_freed_memory, returning_freed_memory
@@ -147,6 +154,7 @@ __all__ = [
     "tensors_in",
     "unregister_external_parameter",
     "unset_z3_leaf_modules",
+    "unwatch_attributes",
     "watch_gradients",
     "watch_loading",
     "watch_outputs",

@@ -141,6 +141,13 @@ def watch_attributes(module: nn.Module, was_read: Callable[[Any], None]) -> Attr
     return AttributeWatch(module, was_read)
 
 
+def unwatch_attributes(model: nn.Module) -> None:
+    """End all watching of a model's parameters."""
+    for module in model.modules():
+        if isinstance(module._parameters, _WatchedParameters):
+            object.__setattr__(module, "_parameters", dict(module._parameters))
+
+
 def watch_reads(model: nn.Module, groups: Sequence[ShardGroup], lifecycle: Lifecycle) -> list[Removable]:
     """Have weights gathered that a forward reads outside of their owner (tied heads, fused losses, adapters).
 

@@ -130,7 +130,6 @@ def start_alone(wrong: dict) -> str:
         ({"scheduler": {"type": "FooLR"}}, "scheduler.type: expected a known name"),
         ({"scheduler": {"type": "ReduceLROnPlateau"}}, "metric"),
         ({"scheduler": {"type": "StepLR", "params": {"step": 3}}}, "step"),
-        ({"optimizer": None, "scheduler": {"type": "WarmupLR"}}, "a scheduler but no optimizer"),
         ({"train_micro_batch_size_per_gpu": None}, "train_batch_size"),
         ({"train_batch_size": 7, "gradient_accumulation_steps": 2}, "2 data-parallel ranks = 4, got 7"),
         ({"zero_optimization": {"stage": 3, "mics_shard_size": 3}}, "mics_shard_size"),

@@ -102,13 +102,13 @@ class WarmupLR(Section):
 class WarmupDecayLR(WarmupLR):
     """`scheduler.params` of WarmupDecayLR."""
 
-    total_num_steps: PositiveCount | None = None
+    total_num_steps: Count | None = None  # 0 where a client only evaluates: no schedule is built then
 
 
 class WarmupCosineLR(Section):
     """`scheduler.params` of WarmupCosineLR; the ratios are of the optimizer's own learning rate."""
 
-    total_num_steps: PositiveCount | None = None
+    total_num_steps: Count | None = None  # 0 where a client only evaluates: no schedule is built then
     warmup_min_ratio: Fraction = 0.0
     warmup_num_steps: PositiveCount = 1000
     cos_min_ratio: Fraction = 1e-4

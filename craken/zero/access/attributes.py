@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,6 +29,7 @@ _PLACE = "_craken_place"
 _FACTS = ("ds_id", "ds_shape", "ds_numel", "ds_active_sub_modules", "ds_status", "ds_tensor")
 
 _numbers = itertools.count()
+_by_number: weakref.WeakValueDictionary[int, Membership] = weakref.WeakValueDictionary()
 
 
 @dataclass(eq=False)
@@ -54,6 +56,11 @@ class Membership:
 def place_of(param: Any) -> Membership | None:
     """Return where a parameter's values are; None for anything that stage 3 does not know."""
     return getattr(param, _PLACE, None) if isinstance(param, nn.Parameter) else None
+
+
+def place_of_number(number: int) -> Membership:
+    """Return what has this `number`, which another rank has named."""
+    return _by_number[number]
 
 
 def register(
@@ -99,6 +106,7 @@ def _write(param: nn.Parameter, place: Membership, shape: torch.Size) -> None:
     facts = {"ds_id": place.number, "ds_shape": shape, "ds_numel": math.prod(shape), "ds_active_sub_modules": set()}
     for name, value in {_PLACE: place, **facts}.items():
         setattr(param, name, value)
+    _by_number[place.number] = place
 
 
 def whole_shape(param: Tensor) -> torch.Size:

@@ -7,6 +7,10 @@
     a: what was written to it is lost
 
 Who gathered a parameter first answers for it, whatever else is in its group.
+
+A block with a modifier is led by that rank: what it reads besides, of a model without an engine, it borrows until the
+block ends. The others gather the same in the same order, when they read it or at the end of the block at the latest,
+so code inside may run on the modifier rank alone, as in functions that initialise weights.
 """
 
 from __future__ import annotations
@@ -14,19 +18,21 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from craken.comm import broadcast, broadcast_object
-from craken.zero.access.attributes import Membership, place_of, unregister
+from craken.comm import MeshAxis, broadcast, broadcast_object
+from craken.zero.access.attributes import Membership, place_of, place_of_number, unregister
 from craken.zero.group import ShardGroup
 from craken.zero.hooks import watch_start
 from craken.zero.residence import Residence
 
 _EXTERNAL = "_craken_external"  # attribute of a module: id of parameter -> _External
+_MAX_LENT_NUMEL = 8 << 20  # elements lent at a time
+_MIN_LOANS = 4  # whatever their size: a weight may be made from others
 
 
 class _Asked(NamedTuple):
@@ -40,6 +46,14 @@ class _Before(NamedTuple):
     param: nn.Parameter
     where: Tensor
     values: Tensor
+
+
+class _Said(NamedTuple):
+    """What the modifier rank of a block tells the others: a loan begins or ends, or the block does."""
+
+    verb: Literal["lend", "return", "end"]
+    number: int = 0  # of the parameter that is lent or returned
+    refused: tuple[str, ...] = ()  # parameters whose `.data` has another shape now
 
 
 class GatheredParameters:
@@ -64,7 +78,10 @@ class GatheredParameters:
         if self._asked and modifier_rank is not None:
             _check_rank(modifier_rank, self._asked[0].place.axis.size)
         self._modifier, self._reader = modifier_rank, fwd_module
-        self._mine: list[_Asked] = []
+        self._leads = enabled and modifier_rank is not None
+        self._mine: list[_Asked] = []  # with what is borrowed, in the order of borrowing
+        self._loans: list[_Asked] = []
+        self._end: _Said | None = None
         self._before: list[_Before] = []
 
     def __enter__(self) -> None:
@@ -82,34 +99,98 @@ class GatheredParameters:
             for param, place in self._mine:
                 if place.residence is not None and not _hold(param):
                     register_external_parameter(self._reader, param)
+        if self._leads:
+            _led.append(self)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, frames: TracebackType | None
     ) -> None:
-        mine, self._mine = self._mine, []
+        if self._leads:
+            _led.remove(self)
         try:
-            if self._modifier is not None and kind is None and mine:
-                _publish(mine, self._modifier)
+            if self._modifier is not None and kind is None and self._mine:
+                self._publish_all(self._modifier)
                 self._before = []
         finally:
-            overlaps = self._release(mine)
+            asked, mine = [*self._asked, *self._loans], self._mine
+            self._mine, self._loans, self._end = [], [], None
+            for param, where, values in self._before:
+                where.copy_(values)
+                param.data = where
+            self._before = []
+            overlaps = self._release(asked, mine)
         if overlaps and kind is None:
             raise RuntimeError(
                 f"GatheredParameters: {overlaps} parameter(s) of this block are still used by another one that began "
                 "inside of it and has not ended; leave blocks in the opposite order, or gather each parameter once"
             )
 
+    def borrow(self, param: nn.Parameter, place: Membership) -> None:
+        """Have a parameter whole that the block's code reads. Led by the modifier rank: others follow it.
+
+        A rank that reads what the modifier rank does not is left with the placeholder.
+        """
+        assert self._modifier is not None
+        if place.axis.rank != self._modifier:
+            while not place.gatherers and self._end is None:
+                self._follow(place.axis, self._modifier)
+            return
+        self._tell(_Said("lend", place.number), place.axis)
+        while are_too_many([loan.param for loan in self._loans]):
+            idle = [loan for loan in self._loans[:-1] if len(loan.place.gatherers) == 1]  # no block inside counts on it
+            if not idle:
+                break
+            self._tell(_Said("return", idle[0].place.number), place.axis)
+
+    def _tell(self, said: _Said, axis: MeshAxis) -> None:
+        broadcast_object(said, axis, axis.rank)
+        self._do(said, axis.rank)
+
+    def _follow(self, axis: MeshAxis, source: int) -> None:
+        self._do(broadcast_object(None, axis, source), source)
+
+    def _do(self, said: _Said, source: int) -> None:
+        """Collective: what the modifier rank said."""
+        if said.verb == "end":
+            self._end = said
+        elif said.verb == "lend":
+            place = place_of_number(said.number)
+            assert place.group is not None
+            assert place.residence is not None
+            loan = _Asked(place.group.params[place.slot], place)
+            place.gatherers.append(self)
+            self._mine.append(loan)
+            self._loans.append(loan)
+            place.residence.pin(place.group, self)
+        else:
+            loan = next(loan for loan in self._loans if loan.place.number == said.number)
+            self._loans = [other for other in self._loans if other is not loan]
+            self._mine = [other for other in self._mine if other is not loan]
+            _publish(loan, source)
+            self._release([loan], [loan])
+
+    def _publish_all(self, source: int) -> None:
+        """Collective: make rank `source`'s values everybody's; all ranks raise or none, before the first is sent."""
+        axis = self._mine[0].place.axis
+        if axis.rank == source:
+            self._tell(_Said("end", refused=_reshaped(self._mine)), axis)
+        while self._end is None:
+            self._follow(axis, source)
+        if self._end.refused:
+            raise ValueError(
+                f"GatheredParameters: rank {source} gave `.data` of another shape: "
+                f"{', '.join(self._end.refused[:4])}; shapes stay, to change one put a new Parameter into the module"
+            )
+        for asked in self._mine:
+            _publish(asked, source)
+
     def give_way(self) -> None:
         """End, if that may be, because a block inside of this one asks for the same parameter; blocks of users stay."""
 
-    def _release(self, mine: Sequence[_Asked]) -> int:
-        """Let go of what this block gathered; returns how many of it others still count on."""
-        for _, place in self._asked:
+    def _release(self, asked: Sequence[_Asked], mine: Sequence[_Asked]) -> int:
+        """Let go of what this block asked for and gathered; returns how much of it others still count on."""
+        for _, place in asked:
             place.gatherers.remove(self)
-        for param, where, values in self._before:
-            where.copy_(values)
-            param.data = where
-        self._before = []
         for param, place in mine:
             if place.group is not None and place_of(param) is place:
                 param.data = place.group.view_of(place.slot)  # what `.data = ...` put in its place goes
@@ -157,32 +238,43 @@ def _check_rank(modifier_rank: int, num_ranks: int) -> None:
         )
 
 
-def _publish(mine: Sequence[_Asked], source: int) -> None:
-    """Collective: make rank `source`'s values of whole parameters everybody's, shards and masters included."""
-    axis = mine[0].place.axis
-    wrong = [
+def _reshaped(mine: Sequence[_Asked]) -> tuple[str, ...]:
+    return tuple(
         f"{tuple(param.shape)} in place of {tuple(param.ds_shape)}"  # type: ignore[attr-defined]
         for param, _ in mine
         if param.shape != param.ds_shape  # type: ignore[attr-defined]
-    ]
-    refused = broadcast_object(wrong, axis, source)  # before the first of many: all ranks raise, or none
-    if refused:
-        raise ValueError(
-            f"GatheredParameters: rank {source} gave `.data` of another shape: {', '.join(refused[:4])}; shapes stay, "
-            "to change one put a new Parameter into the module"
-        )
-    for param, place in mine:
-        label = "a parameter (edited)" if place.group is None else f"{place.group.names[place.slot]} (edited)"
-        edited, kept = param.data, param.data if place.group is None else place.group.view_of(place.slot)
-        if axis.rank == source and edited.data_ptr() != kept.data_ptr():
-            kept.copy_(edited)
-        flat = kept.contiguous().view(-1)
-        broadcast(flat.view(torch.uint8), place.axis, label=label, source=source)  # bytes: every dtype travels
-        if not kept.is_contiguous():
-            kept.copy_(flat.view(kept.shape))
-        if place.group is not None:
-            param.data = kept
-            place.group.keep_edit(place.slot)
+    )
+
+
+def _publish(asked: _Asked, source: int) -> None:
+    """Collective: make rank `source`'s values of a whole parameter everybody's, shards and masters included."""
+    param, place = asked
+    label = "a parameter (edited)" if place.group is None else f"{place.group.names[place.slot]} (edited)"
+    edited, kept = param.data, param.data if place.group is None else place.group.view_of(place.slot)
+    if place.axis.rank == source and edited.data_ptr() != kept.data_ptr():
+        kept.copy_(edited)
+    flat = kept.contiguous().view(-1)
+    broadcast(flat.view(torch.uint8), place.axis, label=label, source=source)  # bytes: every dtype travels
+    if not kept.is_contiguous():
+        kept.copy_(flat.view(kept.shape))
+    if place.group is not None:
+        param.data = kept
+        place.group.keep_edit(place.slot)
+
+
+def are_too_many(lent: Sequence[nn.Parameter]) -> bool:
+    """Say whether the first of these parameters, which are lent beside what a user asked for, should go."""
+    return len(lent) > _MIN_LOANS and sum(param.numel() for param in lent) > _MAX_LENT_NUMEL
+
+
+_led: list[GatheredParameters] = []  # blocks with a modifier that are open, the innermost last
+
+
+def was_read(param: Any) -> None:
+    """Collective, or led by one rank: have a parameter of a model without an engine whole for the open block's code."""
+    place = place_of(param)
+    if _led and place is not None and place.residence is not None and not place.gatherers and place.lifecycle is None:
+        _led[-1].borrow(param, place)
 
 
 # --- weights that a forward uses though they are another module's -----------------------------------------------------

@@ -6,6 +6,8 @@
             nn.init.zeros_(self.head.weight)       read as an attribute: gathered, lent to Model's constructor
         returns                                    rank 0's values go into the shards, the whole is freed
 
+Once the model is built, reads inside of a block of `GatheredParameters` that has a modifier are lent to that.
+
 A constructor that reaches into everything it has built (`for module in self.modules(): ...`) must not end up with the
 whole model: the oldest loans are called in when there is more than a few large weights' worth of them.
 """
@@ -17,12 +19,9 @@ from typing import Any
 from torch import nn
 
 from craken.zero.access.attributes import place_of
-from craken.zero.access.gathered import GatheredParameters
+from craken.zero.access.gathered import GatheredParameters, are_too_many, was_read
 from craken.zero.building.wrapping import ConstructionWatch
-from craken.zero.hooks import AttributeWatch, watch_attributes
-
-_MAX_NUMEL = 8 << 20  # elements lent at a time
-_MIN_LOANS = 4  # whatever their size: a weight may be made from others
+from craken.zero.hooks import watch_attributes
 
 
 class _Loan(GatheredParameters):
@@ -42,12 +41,11 @@ class Lending:
     def __init__(self, construction: ConstructionWatch) -> None:
         self._construction = construction
         self._loans: list[_Loan] = []
-        self._watches: list[AttributeWatch] = []
 
     def watch(self, module: nn.Module) -> None:
-        """Have the module's parameters lent to constructors that read them."""
+        """Have the module's parameters lent to those who read them, until it has an engine."""
         if module._parameters:
-            self._watches.append(watch_attributes(module, self._was_read))
+            watch_attributes(module, self._was_read)
 
     def has_lent(self, param: nn.Parameter) -> bool:
         return any(loan.param is param for loan in self._loans)
@@ -63,20 +61,19 @@ class Lending:
             self.end(self._loans[-1])
 
     def stop(self, kind: type[BaseException] | None) -> None:
-        """Collective, unless an exception (of `kind`) is on its way: end all loans, and watch nothing any more."""
+        """Collective, unless an exception (of `kind`) is on its way: end all loans."""
         while self._loans:
             self._loans.pop().__exit__(kind, None, None)
-        for watch in self._watches:
-            watch.remove()
-        self._watches = []
 
     def _was_read(self, param: Any) -> None:
         place = place_of(param)
         depth = 0 if self._construction.is_paused else self._construction.depth
-        if not depth or place is None or place.residence is None or place.gatherers:
+        if not depth:
+            return was_read(param)
+        if place is None or place.residence is None or place.gatherers:
             return
         loan = _Loan(param, depth, self)
         self._loans.append(loan)
         loan.__enter__()
-        while len(self._loans) > _MIN_LOANS and sum(one.param.numel() for one in self._loans) > _MAX_NUMEL:
+        while are_too_many([loan.param for loan in self._loans]):
             self.end(self._loans[0])

@@ -57,6 +57,11 @@ def test_a_contradiction_names_the_three_numbers_and_the_ranks() -> None:
     )
 
 
+def test_a_batch_that_fits_one_rank_names_the_client_that_counts_one() -> None:
+    with pytest.raises(ValueError, match=r"got 12; write 24, .*; accelerate counts 1 process on CPUs, unless"):
+        resolve_batch(_config(12, 4, 3), 2)
+
+
 def test_a_batch_that_the_ranks_cannot_share_is_refused() -> None:
     with pytest.raises(
         ValueError, match=r"gradient_accumulation_steps 1 x 4 data-parallel ranks = 4 .* got 6; write 4 or 8"

@@ -117,7 +117,11 @@ WRONG: list[tuple[dict[str, Any], list[str]]] = [
     ),
     (
         _zero(stage=2, offload_optimizer={"device": "nvme", "nvme_path": "none"}),
-        ["zero_optimization.offload_optimizer.nvme_path: expected a folder", 'got the text "none"'],
+        [
+            "zero_optimization.offload_optimizer.nvme_path: expected a folder",
+            'got the text "none"',
+            "or set ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_NVME_PATH for accelerate launch",
+        ],
     ),
     (
         _zero(stage=2, offload_optimizer={"device": "nvme"}),

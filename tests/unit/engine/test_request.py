@@ -54,10 +54,6 @@ ON_DISK = {"device": "nvme", "nvme_path": "/dev/null/swap"}
         ({"config": {"optimizer": CONFIG["optimizer"]}}, "train_batch_size"),
         ({"config": {**CONFIG, "scheduler": {"type": "WarmupLRR"}}}, "WarmupLR"),
         ({"config": {**CONFIG, "optimizer": {"type": "AdamV"}}}, 'got "AdamV"; did you mean "Adam"'),
-        (
-            {"config": {"train_batch_size": 1, "scheduler": {"type": "WarmupLR"}}},
-            "has a scheduler but no optimizer",
-        ),
         ({"training_data": [1], "config": {**CONFIG, "train_micro_batch_size_per_gpu": 2}}, "has 1 samples"),
     ],
 )
@@ -66,6 +62,20 @@ def test_wrong_arguments_say_what_was_expected(arguments, message):
     try:
         with pytest.raises((ValueError, NotImplementedError, OSError), match=message):
             craken.initialize(**given)
+    finally:
+        craken.comm.shutdown()
+
+
+def test_a_schedule_without_an_optimizer_is_passed_over_and_step_says_what_is_missing():
+    params = {"warmup_num_steps": 1, "total_num_steps": 0}  # as clients leave it that only evaluate
+    config = {"train_batch_size": 1, "scheduler": {"type": "WarmupDecayLR", "params": params}}
+    try:
+        engine, _, _, scheduler = craken.initialize(model=nn.Linear(2, 2), config=config)
+        assert scheduler is None
+        with pytest.raises(RuntimeError, match="step\\(\\) on an engine without an optimizer"):
+            engine.step()
+        with pytest.raises(ValueError, match="total_num_steps"):
+            craken.initialize(model=nn.Linear(2, 2), config={**CONFIG, **config})
     finally:
         craken.comm.shutdown()
 

@@ -1,0 +1,111 @@
+"""A tiny language model, data made on the spot, and accelerate as it is in a process that has just begun."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+VOCABULARY, LENGTH = 64, 12
+
+
+class Run(NamedTuple):
+    """What a client saw of a training run; weights by name, whole."""
+
+    losses: list[float]
+    norms: list[float]
+    weights: dict[str, Tensor]
+
+
+def tiny_llama(**changes: Any) -> Any:
+    """Return a Llama for language modelling with 2 blocks, the same on every rank."""
+    from transformers import LlamaForCausalLM
+
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+        return LlamaForCausalLM(tiny_config(**changes))
+
+
+def tiny_config(**changes: Any) -> Any:
+    from transformers import LlamaConfig
+
+    settings = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 32,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    return LlamaConfig(**{**settings, **changes})
+
+
+def token_rows(num_rows: int) -> list[dict[str, Tensor]]:
+    """Return rows of a text that counts in steps of a row's own: something to learn, other tokens in every row."""
+    rows = []
+    for row in range(num_rows):
+        tokens = (row + (1 + row % 5) * torch.arange(LENGTH)) % (VOCABULARY - 3) + 3
+        rows.append({"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": tokens})
+    return rows
+
+
+def whole_weights(model: nn.Module) -> dict[str, Tensor]:
+    """Return copies of all weights by name; collective where they are kept as shards."""
+    from craken import GatheredParameters
+
+    with GatheredParameters(model.parameters()):
+        return {name: param.detach().clone() for name, param in model.named_parameters()}
+
+
+def assert_same(run: Run, expected: Run, *, weights_within: float = 2e-5) -> None:
+    """Compare with the same client in plain PyTorch."""
+    torch.testing.assert_close(run.losses, expected.losses, rtol=0, atol=1e-5)
+    torch.testing.assert_close(run.norms, expected.norms, rtol=1e-4, atol=1e-5)
+    assert run.weights.keys() == expected.weights.keys()
+    for name, weight in run.weights.items():
+        torch.testing.assert_close(
+            weight, expected.weights[name], rtol=1e-4, atol=weights_within, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+def plugin_of(stage: int, *, keeps_optimizer: bool = False, **options: Any) -> Any:
+    """Return accelerate's plugin; at stage 3 small parameters are sharded, too, as all of tiny models' are."""
+    from accelerate.utils import DeepSpeedPlugin
+
+    plugin = DeepSpeedPlugin(zero_stage=stage, **options)
+    plugin.deepspeed_config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    plugin.deepspeed_config["zero_force_ds_cpu_optimizer"] = not keeps_optimizer
+    return plugin
+
+
+def accelerator_of(plugin: Any = None, **options: Any) -> Any:
+    """Return an Accelerator on gloo: DeepSpeed's with a plugin or several by name, torch's DDP without one."""
+    from accelerate import Accelerator
+    from accelerate.utils import InitProcessGroupKwargs
+
+    if plugin is None:
+        return Accelerator(cpu=True, **options)
+    return Accelerator(deepspeed_plugin=plugin, kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")], **options)
+
+
+@contextlib.contextmanager
+def fresh_clients(*, is_sharded: bool) -> Iterator[None]:
+    """Have accelerate and transformers as a process finds them that `accelerate launch` has just started."""
+    from accelerate.state import AcceleratorState, GradientState
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    os.environ["ACCELERATE_USE_DEEPSPEED"] = "true" if is_sharded else "false"
+    try:
+        yield
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+        unset_hf_deepspeed_config()
