@@ -94,6 +94,13 @@ def plain_losses(
     return losses
 
 
+def mean_over_ranks(loss: Tensor) -> float:
+    """Return the mean of a number over the ranks. Collective."""
+    total = loss.detach().clone()
+    torch.distributed.all_reduce(total)
+    return total.item() / torch.distributed.get_world_size()
+
+
 def ds_config(stage: int, **changes: Any) -> dict[str, Any]:
     """Return a configuration under which every weight is a shard at stage 3."""
     return {

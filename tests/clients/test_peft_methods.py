@@ -9,19 +9,23 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.clients.adapters import LR, adapted, ds_config, logits_of, loss_of, plain_losses, tiny_llama, trained
+from tests.clients.adapters import (
+    LR,
+    adapted,
+    ds_config,
+    logits_of,
+    loss_of,
+    mean_over_ranks,
+    plain_losses,
+    tiny_llama,
+    trained,
+)
 
 pytest.importorskip("peft", reason="needs peft (the hf extra)")
 pytestmark = pytest.mark.clients
 
 NUM_STEPS = 5
 METHODS = ["lora", "dora", "modules_to_save", "adalora", "ia3", "prompt"]
-
-
-def mean_over_ranks(loss: torch.Tensor) -> float:
-    total = loss.detach().clone()
-    dist.all_reduce(total)
-    return total.item() / dist.get_world_size()
 
 
 def losses_on_an_engine(model: Any, config: dict[str, Any], method: str) -> tuple[Any, list[float]]:
