@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-VOCAB, LENGTH, LR = 64, 12, 1e-2
+VOCAB, LENGTH, LR = 36, 12, 1e-2
 
 
 def tiny_llama(**changes: Any) -> Any:
