@@ -117,6 +117,9 @@ CASES: dict[str, Callable[..., Any]] = {
     "dpo, reference given": partial(dpo, reference="given"),
     "dpo, lora": partial(dpo, reference="no adapter", gradient_checkpointing=True, learning_rate=2e-2),
     "dpo, reference's answers first": partial(dpo, precompute_ref_log_probs=True),
+    "dpo, reference follows": partial(
+        dpo, sync_ref_model=True, ref_model_sync_steps=2, ref_model_mixup_alpha=0.5, max_steps=5
+    ),
     "kto": kto,
     "kto, lora": partial(kto, reference="no adapter", learning_rate=2e-2),
     "reward": reward,
