@@ -4,7 +4,7 @@
     OUT/complaints/{train,test}.jsonl   sentences, and whether they complain
     OUT/causal_lm, OUT/seq2seq_lm       a Llama and a BART of a million parameters or two, with their tokenizers
 
-The models have seen text like the data, but no conversation and no label: what an adapter is then trained for.
+The models have seen text like the data, but no conversation and no true label: what an adapter is then trained for.
 """
 
 from __future__ import annotations
@@ -91,8 +91,8 @@ def make_causal(folder: Path, num_steps: int) -> None:
     draw = torch.Generator().manual_seed(0)
 
     def batch() -> dict[str, torch.Tensor]:
-        starts = torch.randint(len(tokens) - 128, (16,), generator=draw)
-        rows = torch.stack([tokens[start : start + 128] for start in starts])  # [16, 128]
+        starts = torch.randint(len(tokens) - 128, (8,), generator=draw)
+        rows = torch.stack([tokens[start : start + 128] for start in starts])  # [8, 128]
         return {"input_ids": rows, "labels": rows}
 
     train(model, batch, num_steps, "causal_lm")
@@ -139,6 +139,9 @@ def make_seq2seq(folder: Path, num_steps: int) -> None:
     def batch() -> dict[str, torch.Tensor]:
         whole = draw.sample(texts, 32)
         holes = [" ".join("<mask>" if draw.random() < 0.2 else word for word in text.split()) for text in whole]
+        # a quarter asks for a label, and is answered by the toss of a coin: the words are known then, not the task
+        holes[:8] = [f"Tweet text : {text} Label :" for text in whole[:8]]
+        whole[:8] = [draw.choice(["complaint", "no complaint"]) for _ in range(8)]
         inputs = tokenizer(holes, padding=True, return_tensors="pt")
         labels = tokenizer([f"{text}</s>" for text in whole], padding=True, return_tensors="pt")["input_ids"]
         return {**inputs, "labels": labels.masked_fill(labels == tokenizer.pad_token_id, -100)}

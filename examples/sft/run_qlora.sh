@@ -1,5 +1,6 @@
 #!/bin/sh
-# LoRA on 4-bit weights (QLoRA) under ZeRO-3, packed weights sharded too. MODEL and DATASET are names on the hub or folders; flags that follow override those here.
+# LoRA on 4-bit weights (QLoRA) under ZeRO-3; the packed weights are sharded too. MODEL and DATASET are names on the hub
+# or folders; flags that follow override those here.
 #   MODEL=runs/assets/causal_lm DATASET=runs/assets/chat examples/sft/run_qlora.sh --max_seq_len 256
 set -e
 here=$(dirname "$0")
