@@ -15,7 +15,7 @@ pytest.importorskip("trl", reason="needs trl (the hf extra)")
 pytestmark = pytest.mark.clients
 
 ROOT = Path(__file__).resolve().parents[2]
-SHORT = "--max_seq_len 128 --learning_rate 5e-3 --max_steps 6 --per_device_train_batch_size 4 --report_to none"
+SHORT = "--max_seq_len 128 --learning_rate 2e-2 --max_steps 6 --per_device_train_batch_size 4 --report_to none"
 
 
 def run(command: list[str | Path], **variables: str | Path) -> str:
