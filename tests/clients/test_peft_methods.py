@@ -141,6 +141,48 @@ def test_adapters_are_switched_between_steps(run_ranks, stage) -> None:
     run_ranks(switch_adapters, 2, stage, timeout_s=120.0)
 
 
+def train_in_turns(stage: int | None) -> list[float]:
+    """Train two adapters by turns on one optimizer, in plain PyTorch with stage None; returns the losses."""
+    import deepspeed
+
+    model = two_adapters()
+    adapters = [param for name, param in model.named_parameters() if "lora" in name]
+    for param in adapters:
+        param.requires_grad_(True)  # what is trained is settled when the engine is made
+    optimizer = torch.optim.AdamW(adapters, lr=LR)
+    ranks = range(dist.get_world_size())
+    engine = None
+    if stage is not None:
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config(stage))
+    losses = []
+    for step, name in enumerate(["default", "default", "other", "other", "default", "other"]):
+        model.set_adapter(name)
+        if engine is not None:
+            loss = loss_of(engine, step, dist.get_rank())
+            engine.backward(loss)
+            engine.step()
+            losses.append(mean_over_ranks(loss))
+        else:
+            loss = torch.stack([loss_of(model, step, rank) for rank in ranks]).mean()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+    if engine is not None:
+        engine.destroy()
+    return losses
+
+
+def train_in_turns_beside_plain_pytorch() -> None:
+    expected = train_in_turns(None)
+    for stage in (1, 2, 3):
+        assert train_in_turns(stage) == pytest.approx(expected, abs=1e-5), f"stage {stage}"
+
+
+def test_adapters_are_trained_by_turns(run_ranks) -> None:
+    run_ranks(train_in_turns_beside_plain_pytorch, 2, timeout_s=120.0)
+
+
 # --- saved and loaded back --------------------------------------------------------------------------------------------
 
 
