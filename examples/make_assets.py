@@ -1,4 +1,4 @@
-"""Makes models and data for the examples on the spot, for machines that reach no hub: about two minutes on two cores.
+"""Makes models and data for the examples on the spot, for machines that reach no hub: a minute and a half on one core.
 
     OUT/chat/{train,test}.jsonl         questions on the topics of Python's documentation, as conversations
     OUT/complaints/{train,test}.jsonl   sentences, and whether they complain
