@@ -2,7 +2,7 @@
 
     OUT/chat/{train,test}.jsonl         questions on the topics of Python's documentation, as conversations
     OUT/complaints/{train,test}.jsonl   sentences, and whether they complain
-    OUT/causal_lm, OUT/seq2seq_lm       a Llama and a BART of a million parameters or two, with their tokenizers
+    OUT/causal_lm, OUT/seq2seq_lm       a Llama and a BART of 0.8 million parameters, with their tokenizers
 
 The models have seen text like the data, but no conversation and no true label: what an adapter is then trained for.
 """
