@@ -16,6 +16,7 @@ from functools import partial
 from torch import nn
 
 from craken.zero.access.gathered import external_parameters
+from craken.zero.access.merging import have_merges_find_weights
 from craken.zero.group import ShardGroup
 from craken.zero.hooks import watch_reads, watch_units
 from craken.zero.lifecycle import Lifecycle, Removable
@@ -50,6 +51,7 @@ class ParameterOffload:
         self.backward_hooks: list[Removable] = []
         self._units, self._groups, self._lifecycle = units, groups, lifecycle
         self._register_deepspeed_module(module)
+        have_merges_find_weights(module)
 
     def _register_deepspeed_module(self, module: nn.Module) -> None:
         """Set all hooks anew."""

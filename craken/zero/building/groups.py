@@ -67,6 +67,7 @@ def shard_model(model: nn.Module, trained: Sequence[Named], plan: ShardingPlan, 
 
     Groups of trained parameters come in the order of the model, those that stay whole at stage 3 after all others.
     """
+    keep_from_repacking(model)
     if not plan.rules.policy.frees_params:
         return ShardedLayers(build_groups(trained, plan), [], [], {})
     names = {id(param): name for name, param in trained}
@@ -74,7 +75,6 @@ def shard_model(model: nn.Module, trained: Sequence[Named], plan: ShardingPlan, 
         model.parameters(), max_numel=live.persistent_numel, max_total=live.persistent_total
     )
     stays_whole = {*stays_whole, *(id(param) for param in model.parameters() if must_stay_whole(param))}
-    keep_from_repacking(model)
     small = [named for named in trained if id(named[1]) in stays_whole]
     leaves = get_z3_leaf_modules(model)
     note_leaf_parameters(leaves)

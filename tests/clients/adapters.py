@@ -1,0 +1,112 @@
+"""A small language model, the adapters of PEFT on it, and the losses that plain PyTorch gives it on all ranks' data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+VOCAB, LENGTH, LR = 36, 12, 1e-2
+
+
+def tiny_llama(**changes: Any) -> Any:
+    """Return a Llama of 2 layers with the same weights at every call."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    settings = {
+        "vocab_size": VOCAB,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+        **changes,
+    }
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        return LlamaForCausalLM(LlamaConfig(**settings))
+
+
+def adapted(method: str, base: Any = None, *, seed: int = 11) -> Any:
+    """Return a model with adapters of one method, alike at every call; `base` is a tiny Llama unless given."""
+    import peft
+
+    lora = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+    of_method: dict[str, Callable[[], Any]] = {
+        "lora": lambda: peft.LoraConfig(**lora),
+        "dora": lambda: peft.LoraConfig(**lora, use_dora=True),
+        "modules_to_save": lambda: peft.LoraConfig(**lora, modules_to_save=["lm_head", "embed_tokens"]),
+        "adalora": lambda: peft.AdaLoraConfig(
+            **{**lora, "target_modules": ["q_proj", "v_proj"]}, init_r=6, target_r=3, tinit=1, tfinal=1, total_step=6
+        ),
+        "ia3": lambda: peft.IA3Config(
+            task_type="CAUSAL_LM", target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]
+        ),
+        "prompt": lambda: peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5),
+    }
+    base = tiny_llama() if base is None else base
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = peft.get_peft_model(base, of_method[method]())
+        for name, param in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(param, std=0.02)  # zeros: nothing would reach lora_A
+    return model
+
+
+def tokens(step: int, rank: int) -> Tensor:
+    """Return [2, LENGTH] token ids that only depend on the step and the rank."""
+    return torch.randint(0, VOCAB, (2, LENGTH), generator=torch.Generator().manual_seed(100 * step + rank))
+
+
+def loss_of(model: Any, step: int, rank: int) -> Tensor:
+    """The language model's loss on what `tokens` gives."""
+    batch = tokens(step, rank)
+    return model(input_ids=batch, labels=batch, use_cache=False).loss
+
+
+def logits_of(model: Any) -> Tensor:
+    """Return the logits for one batch of tokens, without a graph."""
+    with torch.no_grad():
+        return model(input_ids=tokens(9, 0), use_cache=False).logits.float()
+
+
+def trained(model: Any) -> list[torch.nn.Parameter]:
+    return [param for param in model.parameters() if param.requires_grad]
+
+
+def plain_losses(
+    model: Any, num_steps: int, world_size: int, after_backward: Callable[[int], None] = lambda step: None
+) -> list[float]:
+    """Train on the batches of all ranks at once; returns the mean loss of each step."""
+    optimizer = torch.optim.AdamW(trained(model), lr=LR)
+    losses = []
+    for step in range(num_steps):
+        loss = torch.stack([loss_of(model, step, rank) for rank in range(world_size)]).mean()
+        loss.backward()
+        optimizer.step()
+        after_backward(step)
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def mean_over_ranks(loss: Tensor) -> float:
+    """Return the mean of a number over the ranks. Collective."""
+    total = loss.detach().clone()
+    torch.distributed.all_reduce(total)
+    return total.item() / torch.distributed.get_world_size()
+
+
+def ds_config(stage: int, **changes: Any) -> dict[str, Any]:
+    """Return a configuration under which every weight is a shard at stage 3."""
+    return {
+        "train_micro_batch_size_per_gpu": 2,
+        "gradient_clipping": 0.0,
+        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
+        "zero_allow_untested_optimizer": True,
+        **changes,
+    }

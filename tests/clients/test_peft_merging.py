@@ -1,0 +1,84 @@
+"""Adapters are merged into the weights under every stage, by PEFT's own calls, and taken out again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from tests.clients.adapters import LR, adapted, ds_config, logits_of, loss_of, plain_losses, trained
+
+pytest.importorskip("peft", reason="needs peft (the hf extra)")
+pytestmark = pytest.mark.clients
+
+
+def train(model: Any, config: dict[str, Any], num_steps: int) -> Any:
+    import deepspeed
+
+    engine, *_ = deepspeed.initialize(model=model, optimizer=torch.optim.AdamW(trained(model), lr=LR), config=config)
+    for step in range(num_steps):
+        engine.backward(loss_of(engine, step, dist.get_rank()))
+        engine.step()
+    return engine
+
+
+def merge_at_all_stages(method: str, folder: str) -> None:
+    from craken.zero import GatheredParameters
+
+    twin = adapted(method)
+    plain_losses(twin, 2, dist.get_world_size())
+    before = logits_of(twin)
+    twin.merge_adapter()
+    base = twin.state_dict()
+    key = next(name for name in base if name.endswith("base_layer.weight"))
+    assert (base[key] - adapted(method).state_dict()[key]).abs().max() > 1e-4, "merging changes nothing"
+    for stage in (0, 1, 2, 3):
+        model = adapted(method)
+        engine = train(model, ds_config(stage), 2)
+        for _ in range(2):
+            model.merge_adapter()
+            with GatheredParameters(model.parameters()):
+                torch.testing.assert_close(model.state_dict()[key], base[key], rtol=0, atol=1e-6)
+            torch.testing.assert_close(logits_of(engine), before, rtol=0, atol=1e-5)
+            model.unmerge_adapter()
+            torch.testing.assert_close(logits_of(engine), before, rtol=0, atol=1e-5)
+        merged = model.merge_and_unload()
+        torch.testing.assert_close(logits_of(merged), before, rtol=0, atol=1e-5)
+        assert not any("lora" in name for name, _ in merged.named_parameters())
+        with GatheredParameters(merged.parameters()):
+            if dist.get_rank() == 0:
+                merged.save_pretrained(f"{folder}/{stage}")
+        engine.destroy()
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "ia3"])
+def test_merged_models_answer_as_the_adapted_ones(run_ranks, tmp_path: Path, method) -> None:
+    from transformers import AutoModelForCausalLM
+
+    run_ranks(merge_at_all_stages, 2, method, str(tmp_path), timeout_s=150.0)
+    saved = [AutoModelForCausalLM.from_pretrained(tmp_path / str(stage)).eval() for stage in range(4)]
+    logits = [logits_of(model) for model in saved]
+    for of_stage in logits[1:]:
+        torch.testing.assert_close(of_stage, logits[0], rtol=0, atol=1e-5)
+
+
+def merge_in_bf16() -> float:
+    """Merge at stage 3 in bf16, where frozen weights have no master copy; returns how far logits went."""
+    config = ds_config(3, bf16={"enabled": True})
+    model = adapted("lora")
+    engine = train(model, config, 2)
+    before = logits_of(engine)
+    model.merge_adapter()
+    distance = (logits_of(engine) - before).abs().max().item()
+    loss = loss_of(engine, 3, dist.get_rank())
+    assert loss.isfinite()
+    engine.destroy()
+    return distance
+
+
+def test_merging_in_bf16_costs_its_rounding(run_ranks) -> None:
+    for distance in run_ranks(merge_in_bf16, 2, timeout_s=120.0):
+        assert distance < 0.02

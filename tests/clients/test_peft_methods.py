@@ -1,0 +1,217 @@
+"""PEFT's methods on an engine train as they do in plain PyTorch, whatever the stage."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from tests.clients.adapters import (
+    LR,
+    adapted,
+    ds_config,
+    logits_of,
+    loss_of,
+    mean_over_ranks,
+    plain_losses,
+    tiny_llama,
+    trained,
+)
+
+pytest.importorskip("peft", reason="needs peft (the hf extra)")
+pytestmark = pytest.mark.clients
+
+NUM_STEPS = 5
+METHODS = ["lora", "dora", "modules_to_save", "adalora", "ia3", "prompt"]
+
+
+def losses_on_an_engine(model: Any, config: dict[str, Any], method: str) -> tuple[Any, list[float]]:
+    import deepspeed
+
+    optimizer = torch.optim.AdamW(trained(model), lr=LR)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    losses = []
+    for step in range(NUM_STEPS):
+        loss = loss_of(engine, step, dist.get_rank())
+        engine.backward(loss)
+        engine.step()
+        if method == "adalora":
+            # PEFT multiplies weights with gradients outside of a forward: weights must be whole
+            with deepspeed.zero.GatheredParameters(trained(model), modifier_rank=0):
+                model.update_and_allocate(step)
+        losses.append(mean_over_ranks(loss))
+    return engine, losses
+
+
+def train_at_all_stages(method: str, folder: str) -> None:
+    from transformers import AutoModelForCausalLM
+    from transformers.integrations import HfDeepSpeedConfig
+
+    twin = adapted(method)
+    after_backward = twin.update_and_allocate if method == "adalora" else lambda step: None
+    expected = plain_losses(twin, NUM_STEPS, dist.get_world_size(), after_backward)
+    for stage in (1, 2, 3):
+        alive = HfDeepSpeedConfig(ds_config(stage))
+        model = adapted(method, AutoModelForCausalLM.from_pretrained(folder))
+        if stage == 3:
+            assert model.get_base_model().model.norm.weight.shape == (0,), "the base was not loaded as shards"
+        engine, losses = losses_on_an_engine(model, ds_config(stage), method)
+        assert losses == pytest.approx(expected, abs=1e-5), f"stage {stage}"
+        if stage == 3:
+            assert_halves_are_kept(model)
+        engine.destroy()
+        del alive
+    assert max(expected) - min(expected) > 1e-2, "nothing was learnt: equal losses would say little"
+
+
+def assert_halves_are_kept(model: torch.nn.Module) -> None:
+    """Between steps each of two ranks keeps half of the weights, and what its groups are padded with."""
+    kept = sum(param.ds_tensor.nbytes for param in model.parameters())
+    everything = torch.tensor(kept)
+    dist.all_reduce(everything)
+    total = sum(param.ds_numel * param.element_size() for param in model.parameters())
+    assert everything.item() == total
+    assert abs(kept - total / 2) < 0.05 * total
+    assert all(param.numel() == 0 for param in model.parameters())
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = str(tmp_path_factory.mktemp("base"))
+    tiny_llama().save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_losses_are_those_of_plain_pytorch(run_ranks, base, method) -> None:
+    run_ranks(train_at_all_stages, 2, method, base, timeout_s=150.0)
+
+
+# --- several adapters -------------------------------------------------------------------------------------------------
+
+
+def two_adapters() -> Any:
+    import peft
+
+    model = adapted("lora")
+    with torch.random.fork_rng():
+        torch.manual_seed(23)
+        model.add_adapter("other", peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    return model
+
+
+def logits_by_adapter(model: Any) -> dict[str, torch.Tensor]:
+    """Return the logits with each adapter, and with none."""
+    found = {}
+    for name in ("other", "default"):
+        model.set_adapter(name)
+        found[name] = logits_of(model)
+    with model.disable_adapter():
+        found["none"] = logits_of(model)
+    return found
+
+
+def switch_adapters(stage: int) -> None:
+    twin, model = two_adapters(), two_adapters()
+    expected_losses = plain_losses(twin, NUM_STEPS, dist.get_world_size())
+    engine, losses = losses_on_an_engine(model, ds_config(stage), "lora")
+    assert losses == pytest.approx(expected_losses, abs=1e-5)
+    expected, found = logits_by_adapter(twin), logits_by_adapter(model)
+    for name, logits in expected.items():
+        torch.testing.assert_close(found[name], logits, rtol=0, atol=1e-5, msg=lambda m, n=name: f"adapter {n}: {m}")
+    assert (expected["default"] - expected["other"]).abs().max() > 0.01
+    loss = loss_of(engine, NUM_STEPS, dist.get_rank())  # and training goes on
+    engine.backward(loss)
+    engine.step()
+    assert mean_over_ranks(loss) == pytest.approx(plain_losses_now(twin), abs=1e-5)
+    engine.destroy()
+
+
+def plain_losses_now(model: Any) -> float:
+    with torch.no_grad():
+        losses = [loss_of(model, NUM_STEPS, rank) for rank in range(dist.get_world_size())]
+    return torch.stack(losses).mean().item()
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_adapters_are_switched_between_steps(run_ranks, stage) -> None:
+    run_ranks(switch_adapters, 2, stage, timeout_s=120.0)
+
+
+def train_in_turns(stage: int | None) -> list[float]:
+    """Train two adapters by turns on one optimizer, in plain PyTorch with stage None; returns the losses."""
+    import deepspeed
+
+    model = two_adapters()
+    adapters = [param for name, param in model.named_parameters() if "lora" in name]
+    for param in adapters:
+        param.requires_grad_(True)  # what is trained is settled when the engine is made
+    optimizer = torch.optim.AdamW(adapters, lr=LR)
+    ranks = range(dist.get_world_size())
+    engine = None
+    if stage is not None:
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config(stage))
+    losses = []
+    for step, name in enumerate(["default", "default", "other", "other", "default", "other"]):
+        model.set_adapter(name)
+        if engine is not None:
+            loss = loss_of(engine, step, dist.get_rank())
+            engine.backward(loss)
+            engine.step()
+            losses.append(mean_over_ranks(loss))
+        else:
+            loss = torch.stack([loss_of(model, step, rank) for rank in ranks]).mean()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+    if engine is not None:
+        engine.destroy()
+    return losses
+
+
+def train_in_turns_beside_plain_pytorch() -> None:
+    expected = train_in_turns(None)
+    for stage in (1, 2, 3):
+        assert train_in_turns(stage) == pytest.approx(expected, abs=1e-5), f"stage {stage}"
+
+
+def test_adapters_are_trained_by_turns(run_ranks) -> None:
+    run_ranks(train_in_turns_beside_plain_pytorch, 2, timeout_s=120.0)
+
+
+# --- saved and loaded back --------------------------------------------------------------------------------------------
+
+
+def train_and_save(folder: str, stage: int, keeps_small_ones: bool) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Save the adapter as accelerate does, or straight from the model where small weights stay whole."""
+    from craken.zero import GatheredParameters
+
+    config = ds_config(stage)
+    if keeps_small_ones:
+        del config["zero_optimization"]["stage3_param_persistence_threshold"]
+    model = adapted("lora")
+    engine, _ = losses_on_an_engine(model, config, "lora")
+    whole = engine._zero3_consolidated_16bit_state_dict() if stage == 3 and not keeps_small_ones else None
+    if dist.get_rank() == 0:
+        model.save_pretrained(folder, state_dict=whole)
+    with GatheredParameters(model.parameters()):
+        weights = {name: param.detach().clone() for name, param in model.named_parameters() if "lora" in name}
+    logits = logits_of(engine)
+    engine.destroy()
+    return logits, weights
+
+
+@pytest.mark.parametrize(("stage", "keeps_small_ones"), [(2, False), (3, False), (3, True)])
+def test_a_saved_adapter_loads_back_equal(run_ranks, tmp_path: Path, stage, keeps_small_ones) -> None:
+    import peft
+
+    logits, weights = run_ranks(train_and_save, 2, str(tmp_path), stage, keeps_small_ones, timeout_s=120.0)[0]
+    loaded = peft.PeftModel.from_pretrained(tiny_llama(), tmp_path)
+    found = {name: param for name, param in loaded.named_parameters() if "lora" in name}
+    assert set(found) == set(weights)
+    assert all(torch.equal(found[name], value) for name, value in weights.items())
+    torch.testing.assert_close(logits_of(loaded), logits, rtol=0, atol=1e-6)
