@@ -275,11 +275,8 @@ class Engine(nn.Module):
 
     def _take_step(self, stepper: ShardedStep) -> StepResult:
         stride = self.parts.stride
-        result = stepper.step(
-            divisor=self._grad_divisor(),
-            max_norm=stride.max_norm,
-            skip_nonfinite=stride.skips_nonfinite,
-        )
+        divisor, skips_nonfinite = self._grad_divisor(), stride.skips_nonfinite
+        result = stepper.step(divisor=divisor, max_norm=stride.max_norm, skip_nonfinite=skips_nonfinite)
         self._reducer.agree_on_order()
         self.renew_weights()
         return result
