@@ -357,8 +357,7 @@ class Engine(nn.Module):
     def destroy(self) -> None:
         """Take all hooks off the module; it can be given to `initialize` again.
 
-        Weights that are kept as shards stay so: read them inside of `GatheredParameters`. Masters, optimizer states and
-        their files go.
+        Weights that are kept as shards stay so: read them inside of `GatheredParameters`. Masters and states go.
         """
         self._reducer.abandon_backward()
         if self._lifecycle is not None:

@@ -97,22 +97,24 @@ def test_a_block_that_reads_all_of_a_model_does_not_hold_it(run_ranks) -> None:
     run_ranks(read_many, 2)
 
 
-def inner_block() -> None:
+def inner_block(is_alone: bool) -> None:
     """A loan that a block inside counts on stays, however much is read meanwhile."""
     from craken import GatheredParameters
 
     layers = built(14, width=1024)
     with torch.no_grad(), GatheredParameters(layers[0].weight, modifier_rank=0):
-        assert layers[1].weight.shape == (1024, 1024)
-        with GatheredParameters(layers[1].weight, modifier_rank=0):
-            for layer in layers[2:]:
-                layer.weight.add_(1.0)
-            assert layers[1].weight.add_(1.0).mean() == 2
+        if dist.get_rank() == 0 or not is_alone:
+            assert layers[1].weight.shape == (1024, 1024)
+            with GatheredParameters(layers[1].weight, modifier_rank=0):
+                for layer in layers[2:]:
+                    layer.weight.add_(1.0)
+                assert layers[1].weight.add_(1.0).mean() == 2
     assert [value(layer.weight).mean().item() for layer in layers] == [0, *range(2, 15)]
 
 
-def test_a_loan_stays_while_a_block_inside_counts_on_it(run_ranks) -> None:
-    run_ranks(inner_block, 2)
+@pytest.mark.parametrize("is_alone", [False, True], ids=["on all ranks", "on one"])
+def test_a_loan_stays_while_a_block_inside_counts_on_it(run_ranks, is_alone) -> None:
+    run_ranks(inner_block, 2, is_alone)
 
 
 def after_initialize() -> None:

@@ -267,14 +267,14 @@ def are_too_many(lent: Sequence[nn.Parameter]) -> bool:
     return len(lent) > _MIN_LOANS and sum(param.numel() for param in lent) > _MAX_LENT_NUMEL
 
 
-_led: list[GatheredParameters] = []  # blocks with a modifier that are open, the innermost last
+_led: list[GatheredParameters] = []  # blocks with a modifier that are open, the outermost first
 
 
 def was_read(param: Any) -> None:
     """Collective, or led by one rank: have a parameter of a model without an engine whole for the open block's code."""
     place = place_of(param)
     if _led and place is not None and place.residence is not None and not place.gatherers and place.lifecycle is None:
-        _led[-1].borrow(param, place)
+        _led[0].borrow(param, place)  # blocks inside may be the leading rank's alone
 
 
 # --- weights that a forward uses though they are another module's -----------------------------------------------------
