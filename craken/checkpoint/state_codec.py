@@ -187,9 +187,9 @@ def _array_of(data: bytes, value: dict[str, Any], shape: list[int]) -> Any:
 
 def _tensor_of(value: dict[str, Any]) -> Tensor:
     """Return the tensor of one element that lies in the JSON itself."""
-    data, shape = base64.b64decode(value["data"]), value["shape"]
     try:
-        return torch.frombuffer(bytearray(data), dtype=dtype_of(value["dtype"])).view(shape)
+        data = base64.b64decode(value["data"])
+        return torch.frombuffer(bytearray(data), dtype=dtype_of(value["dtype"])).view(value["shape"])
     except (ValueError, RuntimeError) as error:
         raise CheckpointDamaged(f"a state's tensor is not as it was written: {error}; load another tag") from error
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
 from collections.abc import Mapping
@@ -11,8 +12,7 @@ from enum import Enum, auto
 from pathlib import Path
 from typing import Any
 
-from craken.checkpoint import CheckpointNotFound, Place, Reader, place_of
-from craken.checkpoint.folder import has_latest
+from craken.checkpoint import CheckpointNotFound, Place, Reader, list_tags, newest_first, place_of
 from craken.checkpoint.place import Url, host_path
 from craken.train.presets import PRESETS, Preset
 
@@ -203,7 +203,13 @@ def _add_output(group: argparse._ArgumentGroup) -> None:
 
 def resolve(given: Mapping[str, Any], *, has_accelerator: bool) -> Options:
     """Complete the given flags; ValueError when they contradict each other or name what is not there."""
-    given = dict(given)
+    try:
+        return _complete(dict(given), has_accelerator)
+    except OSError as error:  # a store out of reach, a folder that may not be read
+        raise ValueError(f"cannot look for an earlier run: {error}; check --checkpoints, --resume, --output") from error
+
+
+def _complete(given: dict[str, Any], has_accelerator: bool) -> Options:
     folder = given.pop("resume", None)
     given.pop("local_rank", None)
     resume = Resume.NEVER if folder is None else Resume.IF_POSSIBLE if folder == AUTO else Resume.ALWAYS
@@ -216,7 +222,7 @@ def resolve(given: Mapping[str, Any], *, has_accelerator: bool) -> Options:
     preset = PRESETS.get(model, PRESETS["small"])
     zero = given.get("zero", _stage_in(config))
     output = _output_in(given) if "output" in given else _free_folder(_default_output(model, zero))
-    checkpoints = place_of(given.get("checkpoints", output / CHECKPOINTS))
+    checkpoints = _place_at(given.get("checkpoints", output / CHECKPOINTS))
     if resume is Resume.NEVER:
         _check_unused(output, checkpoints)
     steps = given.get("steps", preset.steps)
@@ -301,12 +307,13 @@ def _with_earlier_if_any(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _flags_at(checkpoints: str | None) -> dict[str, Any]:
-    """Return the flags in the latest checkpoint of a folder or a URL; none without one."""
-    try:
-        client = Reader(checkpoints).shared_value("client") if checkpoints else None
-    except CheckpointNotFound:
-        return {}
-    return dict(client.get(KEPT_FLAGS, {})) if isinstance(client, dict) else {}
+    """Return the flags in the newest checkpoint of a folder or a URL that can be read; none without one."""
+    place = _place_at(checkpoints or "")
+    for tag in newest_first(place) if checkpoints else ():
+        with contextlib.suppress(ValueError, CheckpointNotFound):  # damaged, a newer release's, or just deleted
+            client = Reader(place, tag).shared_value("client")
+            return dict(client.get(KEPT_FLAGS, {})) if isinstance(client, dict) else {}
+    return {}
 
 
 def _output_in(given: Mapping[str, Any]) -> Path:
@@ -320,13 +327,18 @@ def _check_unused(output: Path, checkpoints: Place) -> None:
     """ValueError where a run has been before: nothing is overwritten."""
     if (output / "metrics.jsonl").exists():
         raise ValueError(f"{output} already holds a run; go on with it (--resume {output}) or choose another --output")
-    if has_latest(checkpoints):
+    if list_tags(checkpoints):
         raise ValueError(f"{checkpoints} already holds checkpoints; go on (--resume auto) or choose another place")
 
 
+def _place_at(text: str | Path) -> Place:
+    place = place_of(text)
+    return place.expanduser() if isinstance(place, Path) else place
+
+
 def _absolute(path: str) -> str:
-    place = place_of(path)
-    return str(place.expanduser().resolve()) if isinstance(place, Path) else path
+    place = _place_at(path)
+    return str(place.resolve()) if isinstance(place, Path) else path
 
 
 def _default_output(model: str, zero: int) -> Path:

@@ -32,9 +32,8 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
 
 def begin(saver: BackgroundSaver, target: Target, *tensors: torch.Tensor, **states: Any) -> Path:
     pieces = [whole("param", f"w{i}", tensor) for i, tensor in enumerate(tensors)]
-    return saver.save(
-        target, pieces, axis=ONE_RANK, since_s=time.perf_counter(), **{"rank_state": {}, "shared_state": {}, **states}
-    )
+    others = {"rank_state": {}, "shared_state": {}, "since_s": time.perf_counter()}
+    return saver.save(target, pieces, axis=ONE_RANK, **{**others, **states})
 
 
 def test_what_is_saved_is_what_was_there_at_the_call(tmp_path: Path, gate: threading.Event) -> None:
@@ -69,6 +68,14 @@ def test_the_copy_is_made_in_the_same_memory_each_time(tmp_path: Path) -> None:
     assert newest_first(tmp_path) == ["step4", "step3"]
     assert Reader(tmp_path, "step3").read_full("param", "w0").eq(3).all()
     assert Reader(tmp_path, "step4").read_full("param", "w0").eq(4).all()
+
+
+def test_the_stall_counts_from_where_training_stopped(tmp_path: Path) -> None:
+    saver = BackgroundSaver()
+    begin(saver, Target(tmp_path, "a"), torch.ones(3), since_s=time.perf_counter() - 100)
+    saver.wait()
+    assert saver.stall is not None
+    assert saver.stall.seconds >= 100 > saver.stall.copy_s + saver.stall.waited_s
 
 
 def test_a_failure_is_raised_once_by_the_next_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

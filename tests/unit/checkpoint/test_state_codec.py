@@ -103,7 +103,8 @@ def test_parts_that_are_encoded_already_come_back_as_what_they_were() -> None:
 
 
 @pytest.mark.parametrize(
-    "changed", [{"dtype": "F33"}, {"dtype": 3}, {"shape": [2]}, {"shape": "a"}, {"data": "AAA="}, {"data": ""}]
+    "changed",
+    [{"dtype": "F33"}, {"dtype": 3}, {"shape": [2]}, {"shape": "a"}, {"data": "AAA="}, {"data": ""}, {"data": "A"}],
 )
 def test_a_step_count_that_was_never_written_is_damage(changed: dict[str, Any]) -> None:
     encoded = encode_state(torch.tensor(3.0), root="state").value

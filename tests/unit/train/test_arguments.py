@@ -116,7 +116,30 @@ def test_a_checkpoint_tells_the_flags_where_the_output_is_gone(where) -> None:
         _resolve("--checkpoints", where)
 
 
+def test_flags_come_from_the_newest_checkpoint_that_can_be_read() -> None:
+    for step in (1, 2):
+        first = _resolve("--model", "tiny", "--checkpoints", f"other{step}", "--steps", str(step), "--output", "run")
+        flags = flags_to_keep(first, num_ranks=2, batch_size=16)
+        save_one(Path("disk"), f"step{step}", {}, shared_state={"client": {"flags": flags}})
+    argv = ("--checkpoints", "disk", "--output", "new", "--resume", "auto")
+    assert _resolve(*argv).steps == 2
+    Path("disk/step2/index.json").write_text("{}")
+    assert (_resolve(*argv).steps, _resolve(*argv).model) == (1, "tiny")
+    Path("disk/latest").unlink()  # a save was killed before it wrote the first one
+    assert _resolve(*argv).steps == 1
+    with pytest.raises(ValueError, match="disk already holds checkpoints; go on"):
+        _resolve("--checkpoints", "disk")
+
+
+def test_home_is_the_same_folder_now_and_when_going_on(monkeypatch, tmp_path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    first = _resolve("--checkpoints", "~/disk", "--output", "run")
+    assert first.checkpoints == tmp_path / "home" / "disk"
+    assert flags_to_keep(first, num_ranks=1, batch_size=8)["checkpoints"] == str(first.checkpoints)
+
+
 MISTAKES = [
+    (["--checkpoints", "ftp://127.0.0.1:1/out"], "cannot look for an earlier run: .*refused; check --checkpoints"),
     (["--resume", "nowhere"], "no run of craken train there"),
     (["--resume"], "write --resume DIR"),
     (["--resume", "memory://bucket/none"], "memory://bucket/none: no checkpoint of a run there"),
