@@ -83,7 +83,8 @@ class DataArguments:
 def main() -> None:
     model_args, data_args, args = parse(sys.argv[1:])
     tokenizer = load_tokenizer(model_args)
-    model = load_model(model_args, args, tokenizer)
+    model = load_model(model_args, args)
+    grown = grow_vocabulary(model, tokenizer)
     data = load_texts(data_args, args, tokenizer, has_template=model_args.chat_template_format != "none")
     train_split, test_split = data_args.splits.split(",")
     trainer = SFTTrainer(
@@ -92,7 +93,7 @@ def main() -> None:
         train_dataset=data[train_split],
         eval_dataset=data[test_split] if args.eval_strategy != "no" else None,
         processing_class=tokenizer,
-        peft_config=lora_of(model_args) if model_args.use_peft_lora else None,
+        peft_config=lora_of(model_args, grown) if model_args.use_peft_lora else None,
     )
     if model_args.use_peft_lora:
         trainer.model.print_trainable_parameters()
@@ -155,7 +156,7 @@ def load_tokenizer(model_args: ModelArguments) -> Any:
     return tokenizer
 
 
-def load_model(model_args: ModelArguments, args: SFTConfig, tokenizer: Any) -> Any:
+def load_model(model_args: ModelArguments, args: SFTConfig) -> Any:
     quantisation = quantisation_of(model_args)
     computes_in = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
     stored_in = getattr(torch, model_args.bnb_4bit_quant_storage_dtype)
@@ -167,9 +168,16 @@ def load_model(model_args: ModelArguments, args: SFTConfig, tokenizer: Any) -> A
         attn_implementation="flash_attention_2" if model_args.use_flash_attn else "sdpa",
     )
     model.config.use_cache = not args.gradient_checkpointing
-    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
-        model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=8)
     return model
+
+
+def grow_vocabulary(model: Any, tokenizer: Any) -> list[str]:
+    """Give tokens that the model does not know rows of their own; returns the names of the layers that have changed."""
+    if len(tokenizer) <= model.get_input_embeddings().num_embeddings:
+        return []
+    model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=8)
+    changed = (model.get_input_embeddings(), model.get_output_embeddings())
+    return [name.rsplit(".")[-1] for name, module in model.named_modules() if any(module is one for one in changed)]
 
 
 def quantisation_of(model_args: ModelArguments) -> BitsAndBytesConfig | None:
@@ -184,7 +192,8 @@ def quantisation_of(model_args: ModelArguments) -> BitsAndBytesConfig | None:
     return BitsAndBytesConfig(load_in_8bit=True) if model_args.use_8bit_quantization else None
 
 
-def lora_of(model_args: ModelArguments) -> LoraConfig:
+def lora_of(model_args: ModelArguments, grown: list[str]) -> LoraConfig:
+    """Return what LoRA is put on; layers that have `grown` are trained and saved whole: their new rows are random."""
     targets = model_args.lora_target_modules
     return LoraConfig(
         r=model_args.lora_r,
@@ -193,6 +202,7 @@ def lora_of(model_args: ModelArguments) -> LoraConfig:
         bias="none",
         task_type="CAUSAL_LM",
         target_modules=targets if targets == "all-linear" else targets.split(","),
+        modules_to_save=grown or None,
     )
 
 
