@@ -137,9 +137,7 @@ class BackgroundSaver:
         with contextlib.ExitStack() as unless_begun:
 
             def stage_and_copy() -> tuple[tuple[folders.Staging | None, list[Tensor], float], Place | StagedUrl]:
-                staging, path = stage(target, axis.rank)
-                if staging is not None:
-                    unless_begun.callback(folders.discard, staging)
+                staging, path = stage(target, axis.rank, unless_begun)
                 return (staging, *self._copied(agreed)), path
 
             (staging, tensors, copy_s), paths = run_on_all(stage_and_copy, axis, doing=target.doing)

@@ -100,7 +100,8 @@ def find(folder: Place, tag: str | None) -> tuple[str, Place]: ...
 def find(folder: Place, tag: str | None) -> tuple[str, Place]:
     """Return the tag (None: the one `latest` names) and its place; CheckpointNotFound listing what there is."""
     if not (remote.exists(folder) if isinstance(folder, Url) else folder.is_dir()):
-        raise CheckpointNotFound(f"checkpoint folder {folder} does not exist")
+        is_file_itself = isinstance(folder, Path) and folder.exists()
+        raise CheckpointNotFound(f"checkpoint folder {folder} {'is a file' if is_file_itself else 'does not exist'}")
     if tag is None:
         tag = _read_latest(folder)
     else:

@@ -11,6 +11,7 @@ the hidden folder has been touched.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Iterable, Sequence
@@ -100,15 +101,12 @@ def save(
     target = Target(place_of(folder), tag, save_latest, keep_last)
     with record_function(f"craken::checkpoint::save ({tag})"):
         agreed = agree(target, pieces, axis=axis, rank_state=rank_state, shared_state=shared_state)
-        staging, paths = run_on_all(lambda: stage(target, axis.rank), axis, doing=target.doing)
-        staged = Staged(agreed, staging, paths[0])
-        try:
+        with contextlib.ExitStack() as ending:
+            staging, paths = run_on_all(lambda: stage(target, axis.rank, ending), axis, doing=target.doing)
+            staged = Staged(agreed, staging, paths[0])
             tensors = [agreed.plan.pieces[i].tensor for i in agreed.to_write]
             _, files = run_on_all(lambda: (None, write(staged, tensors, axis.rank)), axis, doing=target.doing)
             do_on_all(lambda: publish(staged, files), axis, doing=target.doing)
-        finally:
-            if staging is not None:
-                folders.discard(staging)
     return target.folder / tag
 
 
@@ -128,11 +126,12 @@ def agree(
     return Agreed(target, plan, entries_by_rank, assign_writers(entries_by_rank)[axis.rank])
 
 
-def stage(target: Target, rank: int) -> tuple[folders.Staging | None, Place | StagedUrl]:
-    """Rank 0: make the folder and return it, to be discarded in the end, and the path that all ranks are to know."""
+def stage(target: Target, rank: int, ending: contextlib.ExitStack) -> tuple[folders.Staging | None, Place | StagedUrl]:
+    """Rank 0: make the folder, to be discarded at `ending`; return it and the path that all ranks are to know."""
     if rank != 0:
-        return None, target.folder
+        return None, target.folder  # nobody asks this rank
     staging = folders.stage(target.folder, target.tag)
+    ending.callback(folders.discard, staging)
     return staging, staging.path
 
 

@@ -34,7 +34,7 @@ def verify(path: str | os.PathLike[str]) -> list[Damage]:
     """
     folder = place_of(path)
     if isinstance(folder, Path) and not folder.is_dir():
-        raise FileNotFoundError(f"checkpoint folder {folder} does not exist")
+        raise FileNotFoundError(f"checkpoint folder {folder} {'is a file' if folder.exists() else 'does not exist'}")
     try:
         index = read_index(folder)
     except CheckpointDamaged as error:

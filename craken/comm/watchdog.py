@@ -25,6 +25,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -32,7 +33,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from craken.comm.deadlock import Waiting, explain, is_deadlock
 from craken.comm.mesh import MeshAxis
+from craken.log import logger
 
 PATIENCE_S = 30.0
 _NUM_REMEMBERED = 128  # collectives of the backend's own
@@ -49,28 +52,6 @@ class Call(NamedTuple):
     what: str
     tag: int
     axis: MeshAxis
-
-
-class Waiting(NamedTuple):
-    """What a rank tells of the call it waits for; ranks are the job's. `beat` says that it is told anew.
-
-    Of messages alone: the one that is missing, to or from `peer`. Of the backend's own collectives alone: what the
-    last ones over the group were, this one the `at`-th and last, for the backend pairs them by their order.
-    """
-
-    what: str
-    call: str
-    members: list[int]
-    rank: int
-    number: int
-    beat: int
-    peer: int = -1
-    group: str = ""
-    tag: int = 0
-    num_bytes: int = 0
-    is_sent: bool = False
-    at: int = 0
-    past: Sequence[str] = ()
 
 
 class Message(NamedTuple):
@@ -110,15 +91,28 @@ class Started:
 
     def __init__(self, what: str, axis: MeshAxis, collective: Callable[..., Any], *tensors: Tensor) -> None:
         """Collective over `axis`: call `collective(*tensors)`, one of torch.distributed's; raises as `wait` does."""
-        self._work = _watchdog.run(collective, *tensors, group=axis.group, async_op=True)
-        self._over: list[bool] = []  # of other backends: there the host waits until it is done
-        is_nccl = axis.backend == "nccl"
-        _watchdog.follow(what, axis, self._work.get_future_result().done if is_nccl else self._over.__len__)
+        self._ends: list[Callable[[], object]] = []  # what tells of its end, once something can
+        _watchdog.follow(what, axis, partial(_is_over, self._ends))  # the first call over a group may itself wait
+        try:
+            self._work = _watchdog.run(collective, *tensors, group=axis.group, async_op=True)
+        except BaseException:
+            self._ends.append(_always)
+            raise
+        if axis.backend == "nccl":  # on others the host waits until it is done
+            self._ends.append(self._work.get_future_result().done)
 
     def wait(self) -> None:
         """Complete the collective, on CUDA in the order of streams; RanksDisagreeError once it is known to be lost."""
         _watchdog.run(self._work.wait)
-        self._over.append(True)
+        self._ends.append(_always)
+
+
+def _is_over(ends: Sequence[Callable[[], object]]) -> bool:
+    return bool(ends) and bool(ends[0]())
+
+
+def _always() -> bool:
+    return True
 
 
 def watched(what: str, axis: MeshAxis, collective: Callable[..., Any], *args: Any, **options: Any) -> None:
@@ -175,43 +169,6 @@ def _told(what: str, at: int, axis: MeshAxis, number: int, beat: int) -> Waiting
     assert axis.group is not None
     members = [axis.global_rank(rank) for rank in range(axis.size)]
     return Waiting(what, f"{axis.group.group_name}/{at} {what}", members, dist.get_rank(), number, beat)
-
-
-def is_deadlock(waits: Sequence[Waiting]) -> bool:
-    """Say whether ranks that all wait can never go on: no call is waited for by every rank that takes part in it."""
-    calls = {wait.rank: wait.call for wait in waits}
-    return not any(all(calls.get(rank) == wait.call for rank in wait.members) for wait in waits)
-
-
-def explain(waits: Sequence[Waiting]) -> str:
-    """Word a deadlock: which ranks wait for what, and what to do."""
-    apart = parting(waits)
-    before = f"; they went apart before that: {_words(apart)}" if apart and apart != list(waits) else ""
-    return (
-        f"the ranks wait for each other: {_words(waits)}{before}. Expected the same calls on every rank "
-        "(save_checkpoint and GatheredParameters too), and the same modules in the same order, whatever its data. "
-        "Where a module chooses among its children by the data (experts, branches), have its weights gathered as one: "
-        "set_z3_leaf_modules(model, [its class]) before initialize, or zero_optimization.leaf_module in the config"
-    )
-
-
-def parting(waits: Sequence[Waiting]) -> list[Waiting]:
-    """Return the ranks' first calls that were not the same, if all wait on one group and remember them."""
-    pasts = [dict(zip(range(wait.at - len(wait.past) + 1, wait.at + 1), wait.past, strict=True)) for wait in waits]
-    remembered = set(pasts[0]).intersection(*pasts[1:])
-    first = min((at for at in remembered if len({past[at] for past in pasts}) > 1), default=None)
-    if first is None or len({wait.group for wait in waits}) > 1:
-        return []
-    return [wait._replace(what=past[first]) for wait, past in zip(waits, pasts, strict=True)]
-
-
-def _words(waits: Sequence[Waiting]) -> str:
-    waiters: dict[str, list[str]] = {}
-    for wait in waits:
-        waiters.setdefault(wait.what if wait.what.startswith(("the ", "a ")) else f"the {wait.what}", []).append(
-            str(wait.rank)
-        )
-    return "; ".join(f"rank{'s' * (len(ranks) > 1)} {', '.join(ranks)} for {what}" for what, ranks in waiters.items())
 
 
 class _Watchdog:
@@ -272,7 +229,10 @@ class _Watchdog:
         if self._thread is None:
             self._start()
         assert axis.group is not None, "an axis of several ranks has a group"
-        at = self._num_calls[axis.group] = self._num_calls.get(axis.group, 0) + 1
+        if axis.group not in self._num_calls:
+            with self._lock:  # the thread goes through the groups
+                self._num_calls[axis.group] = 0
+        at = self._num_calls[axis.group] = self._num_calls[axis.group] + 1
         self._number += 1
         while self._calls and self._calls[0].is_done():
             self._calls.popleft()
@@ -345,6 +305,8 @@ class _Watchdog:
                 self._answers += [_answer(wait) for wait in waits if wait.peer == dist.get_rank()]
                 self._verdict = explain(waits)
                 _store().add(_TOLD, 1)
+                if self._num_calls:  # what is computed until the next call of ours raises it is wrong
+                    logger.error(self._verdict)
                 for group in list(self._num_calls):
                     # each in a thread: the abort of one communicator may wait for kernels that another's would end
                     threading.Thread(target=_abort, args=(group,), daemon=True).start()

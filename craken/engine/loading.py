@@ -51,7 +51,7 @@ def load(
         )
     tag = _agreed_tag(folder, tag, axis)
     if tag is None:
-        warn_once(f"{folder} has no file `latest`: nothing was loaded; pass tag=... to name a checkpoint in it")
+        warn_once(f"no file {folder}/latest: nothing was loaded; pass tag=... to name a checkpoint in that folder")
         return None, None
 
     def look() -> tuple[tuple[Reader, dict[str, str], dict[str, Any]], str]:

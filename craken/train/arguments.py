@@ -193,7 +193,7 @@ def _add_output(group: argparse._ArgumentGroup) -> None:
         nargs="?",
         const="",
         metavar="DIR|URL|auto",
-        help="go on with the run in DIR (default: in --output) or with checkpoints at URL, same flags; `auto`: with "
+        help="go on with the run in DIR (default: in --output) or with checkpoints in DIR or at URL; `auto`: with "
         "the run in --output or --checkpoints from its newest checkpoint that is whole, or begin if there is none",
     )
     group.add_argument(
@@ -278,7 +278,7 @@ def _with_earlier(given: dict[str, Any], resume: str) -> dict[str, Any]:
     """Return the flags of the run in `resume` (or in --output), overridden by those given now."""
     if resume == AUTO:
         return _with_earlier_if_any(given)
-    if resume and isinstance(place_of(resume), Url):
+    if resume and (isinstance(place_of(resume), Url) or newest_first(place_of(resume))):
         earlier = _flags_at(resume)
         if not earlier:
             raise ValueError(f"--resume {resume}: no checkpoint of a run there; expected a run's --checkpoints")

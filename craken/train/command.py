@@ -135,8 +135,9 @@ def _show_result(trainer: Trainer, end: RunEnd, console: Console) -> None:
     console.print(f"\n[bold]done[/bold]: {end.step} steps in {trainer.elapsed_s / 60:.1f} minutes{reason}")
     if trainer.metrics.evals:
         last = trainer.metrics.evals[-1]
+        gap = last.unigram_entropy - last.val_loss
         console.print(
-            f"validation loss {last.val_loss:.3f} nats/token, {last.unigram_entropy - last.val_loss:.2f} under the "
+            f"validation loss {last.val_loss:.3f} nats/token, {abs(gap):.2f} {'over' if gap < 0 else 'under'} the "
             f"unigram entropy of the same text, {last.unigram_entropy:.3f}",
             soft_wrap=True,
         )

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from craken.comm.watchdog import Waiting, explain, is_deadlock, parting
+from craken.comm.deadlock import Waiting, explain, is_deadlock, parting
 from tests.parity.side_by_side import inputs
 
 

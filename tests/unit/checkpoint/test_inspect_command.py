@@ -83,6 +83,9 @@ def test_json_has_all_of_it(saved: Path, capsys: pytest.CaptureFixture[str]) -> 
 def test_what_is_not_there_is_exit_code_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["inspect", str(tmp_path / "nowhere")]) == 2
     assert "nowhere does not exist" in capsys.readouterr().err
+    (tmp_path / "file").write_text("")
+    assert cli.main(["inspect", str(tmp_path / "file")]) == 2
+    assert "file is a file" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
