@@ -7,6 +7,8 @@ CRAKEN := $(VENV)/bin/craken
 PIP := $(VENV)/bin/python -m pip --quiet --disable-pip-version-check
 STAMP := $(VENV)/.craken-installed
 TORCH := $(shell sed -n '/^torch==/p' constraints.txt)
+ACCELERATE = $(VENV)/bin/accelerate launch --num_processes \
+	$$($(VENV)/bin/python -c 'import torch; print(torch.cuda.device_count() or 2)') --config_file configs/accelerate_
 TRIAL := --model tiny --data craken --steps 60 --seq-len 64 --eval-every 20
 LIST := awk -F ':.*\#\# ' 'NF == 2 && $$1 ~ wanted { printf "  make %-21s %s\n", $$1, $$2 }'
 
@@ -36,14 +38,14 @@ craken_ds2_auto: $(STAMP) ## ZeRO-2, all settings chosen for you (recommended; f
 craken_ds3_auto: $(STAMP) ## ZeRO-3, all settings chosen for you
 	$(CRAKEN) train --zero 3 $(FLAGS)
 
-craken_ds1: $(STAMP) ## ZeRO-1 from configs/ds_zero1_config.json (for accelerate: configs/accelerate_zero1.yaml)
-	$(CRAKEN) train --config configs/ds_zero1_config.json $(FLAGS)
+craken_ds1: $(STAMP) ## ZeRO-1 by accelerate launch, from configs/accelerate_zero1.yaml and ds_zero1_config.json
+	$(ACCELERATE)zero1.yaml -m craken.train --config configs/ds_zero1_config.json $(FLAGS)
 
-craken_ds2: $(STAMP) ## ZeRO-2 from configs/ds_zero2_config.json, optimizer state on the host
-	$(CRAKEN) train --config configs/ds_zero2_config.json $(FLAGS)
+craken_ds2: $(STAMP) ## ZeRO-2 likewise, optimizer state on the host
+	$(ACCELERATE)zero2.yaml -m craken.train --config configs/ds_zero2_config.json $(FLAGS)
 
-craken_ds3: $(STAMP) ## ZeRO-3 from configs/ds_zero3_config.json
-	$(CRAKEN) train --config configs/ds_zero3_config.json $(FLAGS)
+craken_ds3: $(STAMP) ## ZeRO-3 likewise
+	$(ACCELERATE)zero3.yaml -m craken.train --config configs/ds_zero3_config.json $(FLAGS)
 
 test_craken_ds1_auto: $(STAMP) ## ZeRO-1, chosen settings, tiny model
 	rm -rf runs/trial-ds1-auto
@@ -59,15 +61,15 @@ test_craken_ds3_auto: $(STAMP) ## ZeRO-3, chosen settings, tiny model
 
 test_craken_ds1: $(STAMP) ## ZeRO-1, configuration file, tiny model
 	rm -rf runs/trial-ds1
-	$(CRAKEN) train --config configs/ds_zero1_config.json $(TRIAL) --output runs/trial-ds1 $(FLAGS)
+	$(ACCELERATE)zero1.yaml -m craken.train --config configs/ds_zero1_config.json $(TRIAL) --output runs/trial-ds1 $(FLAGS)
 
 test_craken_ds2: $(STAMP) ## ZeRO-2, configuration file, tiny model
 	rm -rf runs/trial-ds2
-	$(CRAKEN) train --config configs/ds_zero2_config.json $(TRIAL) --output runs/trial-ds2 $(FLAGS)
+	$(ACCELERATE)zero2.yaml -m craken.train --config configs/ds_zero2_config.json $(TRIAL) --output runs/trial-ds2 $(FLAGS)
 
 test_craken_ds3: $(STAMP) ## ZeRO-3, configuration file, tiny model
 	rm -rf runs/trial-ds3
-	$(CRAKEN) train --config configs/ds_zero3_config.json $(TRIAL) --output runs/trial-ds3 $(FLAGS)
+	$(ACCELERATE)zero3.yaml -m craken.train --config configs/ds_zero3_config.json $(TRIAL) --output runs/trial-ds3 $(FLAGS)
 
 venv: $(STAMP) ## make the virtual environment and install everything into it
 install: $(STAMP) ## the same as venv
