@@ -73,6 +73,19 @@ def test_what_the_leading_rank_reads_is_whole_and_its_edits_stay(run_ranks, how)
     run_ranks(run_block, 2, how, True)
 
 
+def run_block_after_one_rank_had_a_model_of_its_own() -> None:
+    from craken.comm import MeshAxis
+    from craken.zero.access.attributes import register_whole
+
+    if dist.get_rank() == 0:
+        register_whole([nn.Parameter(torch.ones(1)) for _ in range(3)], MeshAxis("own", None, 0, 1))
+    run_block("all_ranks_alike", True)
+
+
+def test_ranks_that_registered_other_parameters_before_mean_the_same_ones(run_ranks) -> None:
+    run_ranks(run_block_after_one_rank_had_a_model_of_its_own, 2)
+
+
 def test_a_block_around_nothing_lends_too(run_ranks) -> None:
     run_ranks(run_block, 2, "all_ranks_alike", False)
 

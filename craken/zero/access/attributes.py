@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from craken.comm import MeshAxis
@@ -29,16 +30,17 @@ _PLACE = "_craken_place"
 _FACTS = ("ds_id", "ds_shape", "ds_numel", "ds_active_sub_modules", "ds_status", "ds_tensor")
 
 _numbers = itertools.count()
-_by_number: weakref.WeakValueDictionary[int, Membership] = weakref.WeakValueDictionary()
+_registers: weakref.WeakKeyDictionary[dist.ProcessGroup, _Register] = weakref.WeakKeyDictionary()
 
 
 @dataclass(eq=False)
 class Membership:
     """Where a parameter's values are.
 
-    number: its place in an order that is the same on all ranks. axis: the ranks that hold the model. group: None for
-    what is in no group. residence: brings the weights together; None where they are always whole. lifecycle: the
-    engine's, once there is one. gatherers: who asked for it to be gathered and is not done, the outermost first.
+    number: its place in an order that is the same on all ranks; the numbers are this process's. axis: the ranks that
+    hold the model. group: None for what is in no group. residence: brings the weights together; None where they are
+    always whole. lifecycle: the engine's, once there is one. gatherers: who asked for it to be gathered and is not
+    done, the outermost first. name: what other ranks of the axis know it by, too.
     """
 
     number: int
@@ -48,6 +50,10 @@ class Membership:
     residence: Residence | None
     lifecycle: Lifecycle | None
     gatherers: list[Any] = field(default_factory=list)
+    name: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.name = _register_of(self.axis).add(self)
 
     def __reduce__(self) -> Any:
         return type(None), ()  # a pickled parameter is an ordinary one
@@ -58,9 +64,26 @@ def place_of(param: Any) -> Membership | None:
     return getattr(param, _PLACE, None) if isinstance(param, nn.Parameter) else None
 
 
-def place_of_number(number: int) -> Membership:
-    """Return what has this `number`, which another rank has named."""
-    return _by_number[number]
+def place_named(name: int, axis: MeshAxis) -> Membership:
+    """Return what another rank of the axis knows by this `name`."""
+    return _register_of(axis).places[name]
+
+
+class _Register:
+    """What was registered over one group of ranks, in an order that is the same on all of them."""
+
+    def __init__(self) -> None:
+        self.places: weakref.WeakValueDictionary[int, Membership] = weakref.WeakValueDictionary()
+        self._names = itertools.count()
+
+    def add(self, place: Membership) -> int:
+        name = next(self._names)
+        self.places[name] = place
+        return name
+
+
+def _register_of(axis: MeshAxis) -> _Register:
+    return _Register() if axis.group is None else _registers.setdefault(axis.group, _Register())
 
 
 def register(
@@ -106,7 +129,6 @@ def _write(param: nn.Parameter, place: Membership, shape: torch.Size) -> None:
     facts = {"ds_id": place.number, "ds_shape": shape, "ds_numel": math.prod(shape), "ds_active_sub_modules": set()}
     for name, value in {_PLACE: place, **facts}.items():
         setattr(param, name, value)
-    _by_number[place.number] = place
 
 
 def whole_shape(param: Tensor) -> torch.Size:
