@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import math
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,14 +29,14 @@ _PLACE = "_craken_place"
 _FACTS = ("ds_id", "ds_shape", "ds_numel", "ds_active_sub_modules", "ds_status", "ds_tensor")
 
 _numbers = itertools.count()
-_by_number: weakref.WeakValueDictionary[int, Membership] = weakref.WeakValueDictionary()
 
 
 @dataclass(eq=False)
 class Membership:
     """Where a parameter's values are.
 
-    number: its place in an order that is the same on all ranks. axis: the ranks that hold the model. group: None for
+    number: its place in an order that is the same on all ranks, but for gaps where a rank has parameters of its own.
+    name: what the ranks of its axis call it among themselves. axis: the ranks that hold the model. group: None for
     what is in no group. residence: brings the weights together; None where they are always whole. lifecycle: the
     engine's, once there is one. gatherers: who asked for it to be gathered and is not done, the outermost first.
     """
@@ -48,9 +48,31 @@ class Membership:
     residence: Residence | None
     lifecycle: Lifecycle | None
     gatherers: list[Any] = field(default_factory=list)
+    name: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        known = _known_on(self.axis)
+        self.name = next(known.names)
+        known.places[self.name] = self
 
     def __reduce__(self) -> Any:
         return type(None), ()  # a pickled parameter is an ordinary one
+
+
+@dataclass
+class _Known:
+    """What the ranks of one process group have registered, in an order that is theirs."""
+
+    names: Iterator[int] = field(default_factory=itertools.count)
+    places: weakref.WeakValueDictionary[int, Membership] = field(default_factory=weakref.WeakValueDictionary)
+
+
+_alone = _Known()
+_together: weakref.WeakKeyDictionary[Any, _Known] = weakref.WeakKeyDictionary()  # by process group
+
+
+def _known_on(axis: MeshAxis) -> _Known:
+    return _alone if axis.group is None else _together.setdefault(axis.group, _Known())
 
 
 def place_of(param: Any) -> Membership | None:
@@ -58,9 +80,9 @@ def place_of(param: Any) -> Membership | None:
     return getattr(param, _PLACE, None) if isinstance(param, nn.Parameter) else None
 
 
-def place_of_number(number: int) -> Membership:
-    """Return what has this `number`, which another rank has named."""
-    return _by_number[number]
+def place_named(name: int, axis: MeshAxis) -> Membership:
+    """Return what another rank of the axis calls so."""
+    return _known_on(axis).places[name]
 
 
 def register(
@@ -106,7 +128,6 @@ def _write(param: nn.Parameter, place: Membership, shape: torch.Size) -> None:
     facts = {"ds_id": place.number, "ds_shape": shape, "ds_numel": math.prod(shape), "ds_active_sub_modules": set()}
     for name, value in {_PLACE: place, **facts}.items():
         setattr(param, name, value)
-    _by_number[place.number] = place
 
 
 def whole_shape(param: Tensor) -> torch.Size:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from craken.comm import MeshAxis, broadcast, broadcast_object
-from craken.zero.access.attributes import Membership, place_of, place_of_number, unregister
+from craken.zero.access.attributes import Membership, place_named, place_of, unregister
 from craken.zero.group import ShardGroup
 from craken.zero.hooks import watch_start
 from craken.zero.residence import Residence
@@ -52,7 +52,7 @@ class _Said(NamedTuple):
     """What the modifier rank of a block tells the others: a loan begins or ends, or the block does."""
 
     verb: Literal["lend", "return", "end"]
-    number: int = 0  # of the parameter that is lent or returned
+    name: int = 0  # of the parameter that is lent or returned
     refused: tuple[str, ...] = ()  # parameters whose `.data` has another shape now
 
 
@@ -85,7 +85,10 @@ class GatheredParameters:
         self._before: list[_Before] = []
 
     def __enter__(self) -> None:
-        for _, place in self._asked:
+        is_shared = self._leads and bool(_led) and _led[0]._modifier == self._modifier
+        for param, place in self._asked:
+            if is_shared:
+                was_read(param)  # the outermost lends it: this block may be the leading rank's alone
             if place.gatherers:
                 place.gatherers[0].give_way()
             place.gatherers.append(self)
@@ -135,26 +138,27 @@ class GatheredParameters:
             while not place.gatherers and self._end is None:
                 self._follow(place.axis, self._modifier)
             return
-        self._tell(_Said("lend", place.number), place.axis)
+        self._tell(_Said("lend", place.name), place.axis)
         while are_too_many([loan.param for loan in self._loans]):
             idle = [loan for loan in self._loans[:-1] if len(loan.place.gatherers) == 1]  # no block inside counts on it
             if not idle:
                 break
-            self._tell(_Said("return", idle[0].place.number), place.axis)
+            self._tell(_Said("return", idle[0].place.name), place.axis)
 
     def _tell(self, said: _Said, axis: MeshAxis) -> None:
         broadcast_object(said, axis, axis.rank)
-        self._do(said, axis.rank)
+        self._do(said, axis, axis.rank)
 
     def _follow(self, axis: MeshAxis, source: int) -> None:
-        self._do(broadcast_object(None, axis, source), source)
+        self._do(broadcast_object(None, axis, source), axis, source)
 
-    def _do(self, said: _Said, source: int) -> None:
+    def _do(self, said: _Said, axis: MeshAxis, source: int) -> None:
         """Collective: what the modifier rank said."""
         if said.verb == "end":
             self._end = said
-        elif said.verb == "lend":
-            place = place_of_number(said.number)
+            return
+        place = place_named(said.name, axis)
+        if said.verb == "lend":
             assert place.group is not None
             assert place.residence is not None
             loan = _Asked(place.group.params[place.slot], place)
@@ -163,7 +167,7 @@ class GatheredParameters:
             self._loans.append(loan)
             place.residence.pin(place.group, self)
         else:
-            loan = next(loan for loan in self._loans if loan.place.number == said.number)
+            loan = next(loan for loan in self._loans if loan.place is place)
             self._loans = [other for other in self._loans if other is not loan]
             self._mine = [other for other in self._mine if other is not loan]
             _publish(loan, source)
