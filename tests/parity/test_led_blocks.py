@@ -73,17 +73,20 @@ def test_what_the_leading_rank_reads_is_whole_and_its_edits_stay(run_ranks, how)
     run_ranks(run_block, 2, how, True)
 
 
-def run_block_after_one_rank_had_a_model_of_its_own() -> None:
-    from craken.comm import MeshAxis
-    from craken.zero.access.attributes import register_whole
+def after_a_model_of_its_own() -> None:
+    """The first rank has sharded a model that the second knows nothing of."""
+    from craken.zero import Init
 
+    alone = dist.new_group([0])
     if dist.get_rank() == 0:
-        register_whole([nn.Parameter(torch.ones(1)) for _ in range(3)], MeshAxis("own", None, 0, 1))
-    run_block("all_ranks_alike", True)
+        config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}}
+        with Init(data_parallel_group=alone, config_dict_or_path=config):
+            assert nn.Linear(4, 4).weight.shape == (0,)
+    run_block("first_rank_alone", True)
 
 
-def test_ranks_that_registered_other_parameters_before_mean_the_same_ones(run_ranks) -> None:
-    run_ranks(run_block_after_one_rank_had_a_model_of_its_own, 2)
+def test_ranks_mean_the_same_weights_whatever_else_one_of_them_has(run_ranks) -> None:
+    run_ranks(after_a_model_of_its_own, 2)
 
 
 def test_a_block_around_nothing_lends_too(run_ranks) -> None:
@@ -110,24 +113,26 @@ def test_a_block_that_reads_all_of_a_model_does_not_hold_it(run_ranks) -> None:
     run_ranks(read_many, 2)
 
 
-def inner_block(is_alone: bool) -> None:
-    """A loan that a block inside counts on stays, however much is read meanwhile."""
+def inner_block(is_alone: bool, is_read_before: bool) -> None:
+    """What a block inside asks for is lent by the outer one, and stays however much is read meanwhile."""
     from craken import GatheredParameters
 
     layers = built(14, width=1024)
     with torch.no_grad(), GatheredParameters(layers[0].weight, modifier_rank=0):
         if dist.get_rank() == 0 or not is_alone:
-            assert layers[1].weight.shape == (1024, 1024)
-            with GatheredParameters(layers[1].weight, modifier_rank=0):
-                for layer in layers[2:]:
+            assert not is_read_before or layers[1].weight.shape == (1024, 1024)
+            with GatheredParameters([layers[2].weight, layers[1].weight], modifier_rank=0):
+                for layer in layers[3:]:
                     layer.weight.add_(1.0)
                 assert layers[1].weight.add_(1.0).mean() == 2
+                assert layers[2].weight.add_(1.0).mean() == 3
     assert [value(layer.weight).mean().item() for layer in layers] == [0, *range(2, 15)]
 
 
+@pytest.mark.parametrize("is_read_before", [False, True], ids=["new", "read before"])
 @pytest.mark.parametrize("is_alone", [False, True], ids=["on all ranks", "on one"])
-def test_a_loan_stays_while_a_block_inside_counts_on_it(run_ranks, is_alone) -> None:
-    run_ranks(inner_block, 2, is_alone)
+def test_a_block_inside_keeps_what_it_asks_for(run_ranks, is_alone, is_read_before) -> None:
+    run_ranks(inner_block, 2, is_alone, is_read_before)
 
 
 def after_initialize() -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import math
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,17 +30,16 @@ _PLACE = "_craken_place"
 _FACTS = ("ds_id", "ds_shape", "ds_numel", "ds_active_sub_modules", "ds_status", "ds_tensor")
 
 _numbers = itertools.count()
-_registers: weakref.WeakKeyDictionary[dist.ProcessGroup, _Register] = weakref.WeakKeyDictionary()
 
 
 @dataclass(eq=False)
 class Membership:
     """Where a parameter's values are.
 
-    number: its place in an order that is the same on all ranks; the numbers are this process's. axis: the ranks that
-    hold the model. group: None for what is in no group. residence: brings the weights together; None where they are
-    always whole. lifecycle: the engine's, once there is one. gatherers: who asked for it to be gathered and is not
-    done, the outermost first. name: what other ranks of the axis know it by, too.
+    number: its place in an order that is the same on all ranks, but for gaps where a rank has parameters of its own.
+    name: what the ranks of its axis call it among themselves. axis: the ranks that hold the model. group: None for
+    what is in no group. residence: brings the weights together; None where they are always whole. lifecycle: the
+    engine's, once there is one. gatherers: who asked for it to be gathered and is not done, the outermost first.
     """
 
     number: int
@@ -53,10 +52,28 @@ class Membership:
     name: int = field(init=False)
 
     def __post_init__(self) -> None:
-        self.name = _register_of(self.axis).add(self)
+        known = _known_on(self.axis)
+        self.name = next(known.names)
+        known.places[self.name] = self
 
     def __reduce__(self) -> Any:
         return type(None), ()  # a pickled parameter is an ordinary one
+
+
+@dataclass
+class _Known:
+    """What the ranks of one process group have registered, in an order that is theirs."""
+
+    names: Iterator[int] = field(default_factory=itertools.count)
+    places: weakref.WeakValueDictionary[int, Membership] = field(default_factory=weakref.WeakValueDictionary)
+
+
+_alone = _Known()
+_together: weakref.WeakKeyDictionary[Any, _Known] = weakref.WeakKeyDictionary()  # by process group
+
+
+def _known_on(axis: MeshAxis) -> _Known:
+    return _alone if axis.group is None else _together.setdefault(axis.group, _Known())
 
 
 def place_of(param: Any) -> Membership | None:
@@ -65,25 +82,8 @@ def place_of(param: Any) -> Membership | None:
 
 
 def place_named(name: int, axis: MeshAxis) -> Membership:
-    """Return what another rank of the axis knows by this `name`."""
-    return _register_of(axis).places[name]
-
-
-class _Register:
-    """What was registered over one group of ranks, in an order that is the same on all of them."""
-
-    def __init__(self) -> None:
-        self.places: weakref.WeakValueDictionary[int, Membership] = weakref.WeakValueDictionary()
-        self._names = itertools.count()
-
-    def add(self, place: Membership) -> int:
-        name = next(self._names)
-        self.places[name] = place
-        return name
-
-
-def _register_of(axis: MeshAxis) -> _Register:
-    return _Register() if axis.group is None else _registers.setdefault(axis.group, _Register())
+    """Return what another rank of the axis calls so."""
+    return _known_on(axis).places[name]
 
 
 def register(

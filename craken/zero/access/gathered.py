@@ -85,7 +85,10 @@ class GatheredParameters:
         self._before: list[_Before] = []
 
     def __enter__(self) -> None:
-        for _, place in self._asked:
+        is_shared = self._leads and bool(_led) and _led[0]._modifier == self._modifier
+        for param, place in self._asked:
+            if is_shared:
+                was_read(param)  # the outermost lends it: this block may be the leading rank's alone
             if place.gatherers:
                 place.gatherers[0].give_way()
             place.gatherers.append(self)
@@ -153,8 +156,9 @@ class GatheredParameters:
         """Collective: what the modifier rank said."""
         if said.verb == "end":
             self._end = said
-        elif said.verb == "lend":
-            place = place_named(said.name, axis)
+            return
+        place = place_named(said.name, axis)
+        if said.verb == "lend":
             assert place.group is not None
             assert place.residence is not None
             loan = _Asked(place.group.params[place.slot], place)
@@ -163,7 +167,7 @@ class GatheredParameters:
             self._loans.append(loan)
             place.residence.pin(place.group, self)
         else:
-            loan = next(loan for loan in self._loans if loan.place.name == said.name)
+            loan = next(loan for loan in self._loans if loan.place is place)
             self._loans = [other for other in self._loans if other is not loan]
             self._mine = [other for other in self._mine if other is not loan]
             _publish(loan, source)

@@ -29,6 +29,7 @@ class _Loan(GatheredParameters):
 
     def __init__(self, param: nn.Parameter, depth: int, lending: Lending) -> None:
         super().__init__(param, modifier_rank=0)
+        self._leads = False
         self.param, self.depth, self._lending = param, depth, lending
 
     def give_way(self) -> None:
