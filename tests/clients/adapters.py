@@ -1,4 +1,4 @@
-"""A small language model, the adapters of PEFT on it, and the losses that plain PyTorch gives it on all ranks' data."""
+"""The adapters of PEFT on a small language model, and the losses that plain PyTorch gives it on all ranks' data."""
 
 from __future__ import annotations
 
@@ -8,26 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-VOCAB, LENGTH, LR = 36, 12, 1e-2
+from tests.clients.clients_common import LENGTH, tiny_llama
 
-
-def tiny_llama(**changes: Any) -> Any:
-    """Return a Llama of 2 layers with the same weights at every call."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    settings = {
-        "vocab_size": VOCAB,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 64,
-        **changes,
-    }
-    with torch.random.fork_rng():
-        torch.manual_seed(3)
-        return LlamaForCausalLM(LlamaConfig(**settings))
+NUM_TOKENS, LR = 36, 1e-2  # as many as the smallest vocabulary has
 
 
 def adapted(method: str, base: Any = None, *, seed: int = 11) -> Any:
@@ -59,7 +42,7 @@ def adapted(method: str, base: Any = None, *, seed: int = 11) -> Any:
 
 def tokens(step: int, rank: int) -> Tensor:
     """Return [2, LENGTH] token ids that only depend on the step and the rank."""
-    return torch.randint(0, VOCAB, (2, LENGTH), generator=torch.Generator().manual_seed(100 * step + rank))
+    return torch.randint(0, NUM_TOKENS, (2, LENGTH), generator=torch.Generator().manual_seed(100 * step + rank))
 
 
 def loss_of(model: Any, step: int, rank: int) -> Tensor:

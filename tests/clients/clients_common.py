@@ -40,7 +40,7 @@ def tiny_config(**changes: Any) -> Any:
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
-        "max_position_embeddings": 32,
+        "max_position_embeddings": 64,
         "pad_token_id": 0,
         "bos_token_id": 1,
         "eos_token_id": 2,
@@ -94,6 +94,19 @@ def accelerator_of(plugin: Any = None, **options: Any) -> Any:
     if plugin is None:
         return Accelerator(cpu=True, **options)
     return Accelerator(deepspeed_plugin=plugin, kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")], **options)
+
+
+def trainer_settings(config: dict[str, Any] | None) -> dict[str, Any]:
+    """Return a trainer's arguments on gloo: DeepSpeed's with a config, DDP's without one.
+
+    An empty config leaves it to accelerate's environment.
+    """
+    from accelerate import PartialState
+
+    if config is None:
+        return {"use_cpu": True, "ddp_backend": "gloo"}
+    PartialState(backend="gloo")  # accelerate counts one process on a CPU, unless the backend is named
+    return {"deepspeed": config, "accelerator_config": {"use_configured_state": True}}
 
 
 @contextlib.contextmanager

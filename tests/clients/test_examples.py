@@ -45,7 +45,9 @@ def sft(script: str, assets: Path, output: Path, *flags: str) -> list[float]:
     """Run a script of `examples/sft`; returns the losses of its steps."""
     variables = {"MODEL": assets / "causal_lm", "DATASET": assets / "chat", "OUTPUT": output, "PROCESSES": "2"}
     run([f"examples/sft/{script}", *SHORT.split(), "--logging_steps", "1", *flags], **variables)
-    state = json.loads((output / "checkpoint-6" / "trainer_state.json").read_text())
+    checkpoint = output / "checkpoint-6"
+    assert sorted((checkpoint / "global_step6").glob("index.json")), "it was not trained by an engine"
+    state = json.loads((checkpoint / "trainer_state.json").read_text())
     return [entry["loss"] for entry in state["log_history"] if "loss" in entry]
 
 

@@ -35,9 +35,11 @@ def merge_at_all_stages(method: str, folder: str) -> None:
     base = twin.state_dict()
     key = next(name for name in base if name.endswith("base_layer.weight"))
     assert (base[key] - adapted(method).state_dict()[key]).abs().max() > 1e-4, "merging changes nothing"
-    for stage in (0, 1, 2, 3):
-        model = adapted(method)
-        engine = train(model, ds_config(stage), 2)
+    for stage, device in [(0, "none"), (1, "none"), (2, "none"), (3, "none"), (3, "cpu")]:
+        model, config = adapted(method), ds_config(stage)
+        if device != "none":
+            config["zero_optimization"] |= {name: {"device": device} for name in ("offload_param", "offload_optimizer")}
+        engine = train(model, config, 2)
         for _ in range(2):
             model.merge_adapter()
             with GatheredParameters(model.parameters()):
@@ -50,7 +52,7 @@ def merge_at_all_stages(method: str, folder: str) -> None:
         assert not any("lora" in name for name, _ in merged.named_parameters())
         with GatheredParameters(merged.parameters()):
             if dist.get_rank() == 0:
-                merged.save_pretrained(f"{folder}/{stage}")
+                merged.save_pretrained(f"{folder}/{stage} {device}")
         engine.destroy()
 
 
@@ -59,26 +61,32 @@ def test_merged_models_answer_as_the_adapted_ones(run_ranks, tmp_path: Path, met
     from transformers import AutoModelForCausalLM
 
     run_ranks(merge_at_all_stages, 2, method, str(tmp_path), timeout_s=150.0)
-    saved = [AutoModelForCausalLM.from_pretrained(tmp_path / str(stage)).eval() for stage in range(4)]
-    logits = [logits_of(model) for model in saved]
+    logits = [logits_of(AutoModelForCausalLM.from_pretrained(folder).eval()) for folder in sorted(tmp_path.iterdir())]
+    assert len(logits) == 5
     for of_stage in logits[1:]:
         torch.testing.assert_close(of_stage, logits[0], rtol=0, atol=1e-5)
 
 
-def merge_in_bf16() -> float:
-    """Merge at stage 3 in bf16, where frozen weights have no master copy; returns how far logits went."""
+def merge_in_bf16() -> tuple[float, float]:
+    """Merge at stage 3 in bf16, where frozen weights have no master copy; returns how far logits went.
+
+    And how far they go without the adapter.
+    """
     config = ds_config(3, bf16={"enabled": True})
     model = adapted("lora")
     engine = train(model, config, 2)
     before = logits_of(engine)
+    with model.disable_adapter():
+        without = (logits_of(engine) - before).abs().max().item()
     model.merge_adapter()
     distance = (logits_of(engine) - before).abs().max().item()
     loss = loss_of(engine, 3, dist.get_rank())
     assert loss.isfinite()
     engine.destroy()
-    return distance
+    return distance, without
 
 
 def test_merging_in_bf16_costs_its_rounding(run_ranks) -> None:
-    for distance in run_ranks(merge_in_bf16, 2, timeout_s=120.0):
+    for distance, without in run_ranks(merge_in_bf16, 2, timeout_s=120.0):
         assert distance < 0.02
+        assert distance < 0.1 * without

@@ -17,9 +17,9 @@ from tests.clients.adapters import (
     loss_of,
     mean_over_ranks,
     plain_losses,
-    tiny_llama,
     trained,
 )
+from tests.clients.clients_common import tiny_llama
 
 pytest.importorskip("bitsandbytes", reason="needs bitsandbytes (the hf extra)")
 pytest.importorskip("peft", reason="needs peft (the hf extra)")

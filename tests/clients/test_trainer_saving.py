@@ -51,11 +51,19 @@ def resumed(folder: str, config: dict[str, Any]) -> Run:
         return run_of(trainer)
 
 
-@pytest.mark.parametrize("has_scheduler", [True, False], ids=["config's schedule", "trainer's schedule"])
-@pytest.mark.parametrize("stage", [1, 2, 3])
-def test_a_resumed_run_is_the_run_that_was_not_interrupted(run_ranks, tmp_path: Path, stage, has_scheduler) -> None:
-    config = auto_config(stage)
-    if not has_scheduler:
+@pytest.mark.parametrize(
+    ("stage", "device", "schedule"),
+    [
+        *((stage, "none", whose) for stage in (1, 2, 3) for whose in ("config's", "trainer's")),
+        (1, "cpu", "config's"),
+        (2, "nvme", "config's"),
+        (3, "cpu", "config's"),
+        (3, "nvme", "trainer's"),
+    ],
+)
+def test_a_resumed_run_is_the_run_that_was_not_interrupted(run_ranks, tmp_path: Path, stage, device, schedule) -> None:
+    config = auto_config(stage, device, str(tmp_path / "disk"))
+    if schedule == "trainer's":
         del config["scheduler"]
     expected = run_ranks(straight_on, 2, str(tmp_path), config)[0]
     run = run_ranks(resumed, 2, str(tmp_path), config)[0]

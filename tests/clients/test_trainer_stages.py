@@ -8,7 +8,15 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from tests.clients.clients_common import Run, assert_same, fresh_clients, tiny_llama, token_rows, whole_weights
+from tests.clients.clients_common import (
+    Run,
+    assert_same,
+    fresh_clients,
+    tiny_llama,
+    token_rows,
+    trainer_settings,
+    whole_weights,
+)
 
 pytestmark = pytest.mark.clients
 pytest.importorskip("accelerate", reason="needs accelerate (the hf extra)")
@@ -66,11 +74,7 @@ class Trained(NamedTuple):
 
 
 def arguments(folder: str, config: dict[str, Any] | None, *, kind: Any = None, **changes: Any) -> Any:
-    """Return TrainingArguments (or a `kind` of them) on gloo: DeepSpeed's with a config, DDP's without one.
-
-    An empty config leaves it to accelerate's environment.
-    """
-    from accelerate import PartialState
+    """Return TrainingArguments (or a `kind` of them), as `trainer_settings` has them."""
     from transformers import TrainingArguments
 
     kind = kind or TrainingArguments
@@ -90,10 +94,7 @@ def arguments(folder: str, config: dict[str, Any] | None, *, kind: Any = None, *
         "disable_tqdm": True,
         "seed": 3,
     }
-    if config is None:
-        return kind(**{**settings, "use_cpu": True, "ddp_backend": "gloo", **changes})
-    PartialState(backend="gloo")  # accelerate counts one process on a CPU, unless the backend is named
-    return kind(**{**settings, "deepspeed": config, "accelerator_config": {"use_configured_state": True}, **changes})
+    return kind(**{**settings, **trainer_settings(config), **changes})
 
 
 def plain_optimizers(model: Any) -> tuple[Any, Any]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+
+from tests.clients import clients_common
 
 WORDS = [
     "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "what", "follows", "comes",
@@ -45,10 +46,8 @@ def tokenizer() -> Any:
 
 def model(**changes: Any) -> Any:
     """Return a tiny Llama that knows the tokenizer's words, alike at every call."""
-    from tests.clients.adapters import tiny_llama
-
     tokens = {"pad_token_id": 0, "eos_token_id": 3, "bos_token_id": 2}
-    return tiny_llama(vocab_size=len(SPECIAL) + len(WORDS), **{**tokens, **changes})
+    return clients_common.tiny_llama(vocab_size=len(SPECIAL) + len(WORDS), **{**tokens, **changes})
 
 
 def numbers(num_rows: int) -> Iterator[tuple[str, str, str]]:
@@ -89,23 +88,11 @@ def ds_config(stage: int) -> dict[str, Any]:
 @contextlib.contextmanager
 def fresh_clients(stage: int | None) -> Iterator[dict[str, Any]]:
     """Have accelerate as a new process finds it; yields a trainer's settings, for plain PyTorch with stage None."""
-    from accelerate import PartialState
-    from accelerate.state import AcceleratorState, GradientState
-    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
     from transformers.utils import logging
 
     logging.set_verbosity_error()
-    os.environ["ACCELERATE_USE_DEEPSPEED"] = "false" if stage is None else "true"
-    try:
-        if stage is None:
-            yield {"use_cpu": True, "ddp_backend": "gloo"}
-        else:
-            PartialState(backend="gloo")  # accelerate counts one process on a CPU, unless the backend is named
-            yield {"deepspeed": ds_config(stage), "accelerator_config": {"use_configured_state": True}}
-    finally:
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
-        unset_hf_deepspeed_config()
+    with clients_common.fresh_clients(is_sharded=stage is not None):
+        yield clients_common.trainer_settings(None if stage is None else ds_config(stage))
 
 
 def settings(folder: str, **changes: Any) -> dict[str, Any]:
