@@ -245,8 +245,10 @@ def _serve(pipe: Connection, output: str) -> None:
 
 
 def _run(job: Job) -> Outcome:
+    import torch
     import torch.distributed as dist
 
+    torch.manual_seed(0)  # alike on all ranks, whatever ran before
     try:
         sys.path[:] = job.search_path
         function: Any = _import(job)

@@ -62,6 +62,15 @@ def set_state_once() -> None:
     craken.left_behind = []
 
 
+def draw(num_before: int) -> float:
+    torch.manual_seed(dist.get_rank())
+    return float(torch.rand(num_before).sum())
+
+
+def draw_first() -> float:
+    return float(torch.rand(()))
+
+
 def fail_to_pickle() -> object:
     return lambda: None
 
@@ -130,3 +139,9 @@ def test_a_world_costs_tenths_of_a_second(run_ranks) -> None:
         run_ranks(sum_of_ranks, 2, 0.0)
         times.append(time.perf_counter() - start)
     assert min(times) < 0.5
+
+
+def test_random_numbers_are_alike_on_all_ranks_whatever_ran_before(run_ranks) -> None:
+    first = run_ranks(draw_first, 2)
+    run_ranks(draw, 2, 7)
+    assert run_ranks(draw_first, 2) == first == [first[0]] * 2
