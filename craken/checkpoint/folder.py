@@ -100,8 +100,7 @@ def find(folder: Place, tag: str | None) -> tuple[str, Place]: ...
 def find(folder: Place, tag: str | None) -> tuple[str, Place]:
     """Return the tag (None: the one `latest` names) and its place; CheckpointNotFound listing what there is."""
     if not (remote.exists(folder) if isinstance(folder, Url) else folder.is_dir()):
-        is_file_itself = isinstance(folder, Path) and folder.exists()
-        raise CheckpointNotFound(f"checkpoint folder {folder} {'is a file' if is_file_itself else 'does not exist'}")
+        raise CheckpointNotFound(no_folder(folder))
     if tag is None:
         tag = _read_latest(folder)
     else:
@@ -114,6 +113,12 @@ def find(folder: Place, tag: str | None) -> tuple[str, Place]:
             f"{folder / tag} holds no {INDEX_NAME}, so it is no checkpoint of ours; {_what_exists(folder)}"
         )
     raise CheckpointNotFound(f"tag {tag!r} does not exist in {folder}; {_what_exists(folder)}")
+
+
+def no_folder(folder: Place) -> str:
+    """Say what is there in place of a folder with checkpoints, or of one."""
+    is_file_itself = isinstance(folder, Path) and folder.exists()
+    return f"checkpoint folder {folder} {'is a file' if is_file_itself else 'does not exist'}"
 
 
 def _path_of(folder: Place, tag: str) -> Place | None:

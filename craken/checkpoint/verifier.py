@@ -14,6 +14,7 @@ import torch
 from craken.checkpoint.blocks import at_once, begin_block, checksum_of, size_problem
 from craken.checkpoint.entry import dtype_of, memory_of
 from craken.checkpoint.errors import CheckpointDamaged
+from craken.checkpoint.folder import no_folder
 from craken.checkpoint.index import INDEX_NAME, FileRecord, Index, TensorRecord, read_index
 from craken.checkpoint.place import Place, is_file, open_file, place_of, reading_ahead
 from craken.checkpoint.read_plan import plan_reads
@@ -34,7 +35,7 @@ def verify(path: str | os.PathLike[str]) -> list[Damage]:
     """
     folder = place_of(path)
     if isinstance(folder, Path) and not folder.is_dir():
-        raise FileNotFoundError(f"checkpoint folder {folder} {'is a file' if folder.exists() else 'does not exist'}")
+        raise FileNotFoundError(no_folder(folder))
     try:
         index = read_index(folder)
     except CheckpointDamaged as error:

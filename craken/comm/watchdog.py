@@ -25,7 +25,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -91,8 +90,7 @@ class Started:
 
     def __init__(self, what: str, axis: MeshAxis, collective: Callable[..., Any], *tensors: Tensor) -> None:
         """Collective over `axis`: call `collective(*tensors)`, one of torch.distributed's; raises as `wait` does."""
-        self._ends: list[Callable[[], object]] = []  # what tells of its end, once something can
-        _watchdog.follow(what, axis, partial(_is_over, self._ends))  # the first call over a group may itself wait
+        self._ends = _watchdog.follow(what, axis)  # the first call over a group may itself wait
         try:
             self._work = _watchdog.run(collective, *tensors, group=axis.group, async_op=True)
         except BaseException:
@@ -107,40 +105,38 @@ class Started:
         self._ends.append(_always)
 
 
-def _is_over(ends: Sequence[Callable[[], object]]) -> bool:
-    return bool(ends) and bool(ends[0]())
-
-
 def _always() -> bool:
     return True
 
 
 def watched(what: str, axis: MeshAxis, collective: Callable[..., Any], *args: Any, **options: Any) -> None:
     """Collective over `axis`: call one of torch.distributed's that returns when it is done; raises as `wait` does."""
-    over: list[bool] = []
-    _watchdog.follow(what, axis, over.__len__)
+    ends = _watchdog.follow(what, axis)
     try:
         _watchdog.run(collective, *args, **options, group=axis.group)
     finally:
-        over.append(True)
+        ends.append(_always)
 
 
 class _Call(NamedTuple):
-    """A collective of the backend's own, the how manieth over its group (`at`) and of the process (`number`)."""
+    """A collective of the backend's own, the how manieth over its group (`at`) and of the process (`number`).
+
+    ends: first what tells of its end, once something can.
+    """
 
     what: str
     axis: MeshAxis
     at: int
     since: float
     number: int
-    is_done: Callable[[], object]
+    ends: list[Callable[[], object]]
+
+    def is_done(self) -> bool:
+        return bool(self.ends) and bool(self.ends[0]())
 
     def told(self, beat: int) -> Waiting:
-        assert self.axis.group is not None
         past = [call.what for call in _watchdog.past() if call.axis.group is self.axis.group and call.at <= self.at]
-        return _told(self.what, self.at, self.axis, self.number, beat)._replace(
-            group=self.axis.group.group_name, at=self.at, past=past
-        )
+        return _told(self.what, self.at, self.axis, self.number, beat)._replace(at=self.at, past=past)
 
 
 class _Wait(NamedTuple):
@@ -153,11 +149,8 @@ class _Wait(NamedTuple):
 
     def told(self, beat: int) -> Waiting:
         call, message = self.exchange.call, self.exchange.message(self.at)
-        axis, group = call.axis, call.axis.group
-        assert group is not None
-        return _told(call.what, call.tag, axis, self.number, beat)._replace(
-            peer=axis.global_rank(message.peer),
-            group=group.group_name,
+        return _told(call.what, call.tag, call.axis, self.number, beat)._replace(
+            peer=call.axis.global_rank(message.peer),
             tag=call.tag,
             num_bytes=message.tensor.nbytes,
             is_sent=message.is_sent,
@@ -167,8 +160,8 @@ class _Wait(NamedTuple):
 def _told(what: str, at: int, axis: MeshAxis, number: int, beat: int) -> Waiting:
     """Return what tells of the `at`-th call over an axis."""
     assert axis.group is not None
-    members = [axis.global_rank(rank) for rank in range(axis.size)]
-    return Waiting(what, f"{axis.group.group_name}/{at} {what}", members, dist.get_rank(), number, beat)
+    group, members = axis.group.group_name, [axis.global_rank(rank) for rank in range(axis.size)]
+    return Waiting(what, f"{group}/{at} {what}", members, dist.get_rank(), number, beat, group=group)
 
 
 class _Watchdog:
@@ -224,8 +217,8 @@ class _Watchdog:
             self._raise_verdict(None)
         return result
 
-    def follow(self, what: str, axis: MeshAxis, is_done: Callable[[], object]) -> None:
-        """Keep a collective of the backend's own in mind until it is done."""
+    def follow(self, what: str, axis: MeshAxis) -> list[Callable[[], object]]:
+        """Keep a collective of the backend's own in mind until it is done; what tells so is to go into the list."""
         if self._thread is None:
             self._start()
         assert axis.group is not None, "an axis of several ranks has a group"
@@ -236,8 +229,10 @@ class _Watchdog:
         self._number += 1
         while self._calls and self._calls[0].is_done():
             self._calls.popleft()
-        self._calls.append(_Call(what, axis, at, time.monotonic(), self._number, is_done))
-        self._past.append(self._calls[-1])
+        call = _Call(what, axis, at, time.monotonic(), self._number, [])
+        self._calls.append(call)
+        self._past.append(call)
+        return call.ends
 
     def past(self) -> Sequence[_Call]:
         """Return the last calls of the backend's own, oldest first."""

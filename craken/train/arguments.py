@@ -221,7 +221,7 @@ def _complete(given: dict[str, Any], has_accelerator: bool) -> Options:
     model = given.get("model", "small")
     preset = PRESETS.get(model, PRESETS["small"])
     zero = given.get("zero", _stage_in(config))
-    output = _output_in(given) if "output" in given else _free_folder(_default_output(model, zero))
+    output = _output_at(given["output"]) if "output" in given else _free_folder(_default_output(model, zero))
     checkpoints = _place_at(given.get("checkpoints", output / CHECKPOINTS))
     if resume is Resume.NEVER:
         _check_unused(output, checkpoints)
@@ -278,7 +278,8 @@ def _with_earlier(given: dict[str, Any], resume: str) -> dict[str, Any]:
     """Return the flags of the run in `resume` (or in --output), overridden by those given now."""
     if resume == AUTO:
         return _with_earlier_if_any(given)
-    if resume and (isinstance(place_of(resume), Url) or newest_first(place_of(resume))):
+    place = _place_at(resume)
+    if resume and (isinstance(place, Url) or list_tags(place)):
         earlier = _flags_at(resume)
         if not earlier:
             raise ValueError(f"--resume {resume}: no checkpoint of a run there; expected a run's --checkpoints")
@@ -301,7 +302,7 @@ def _with_earlier_if_any(given: dict[str, Any]) -> dict[str, Any]:
     """
     zero = given.get("zero", _stage_in(_read_config(given.get("config"))))
     output = given.get("output", str(_default_output(given.get("model", "small"), zero)))
-    file = _output_in({"output": output}) / FLAGS
+    file = _output_at(output) / FLAGS
     earlier = json.loads(file.read_text("utf-8")) if file.exists() else _flags_at(given.get("checkpoints"))
     return {**earlier, **given, "output": output}
 
@@ -316,11 +317,11 @@ def _flags_at(checkpoints: str | None) -> dict[str, Any]:
     return {}
 
 
-def _output_in(given: Mapping[str, Any]) -> Path:
+def _output_at(text: str) -> Path:
     try:
-        return host_path(given["output"])
+        return host_path(text)
     except ValueError as error:
-        raise ValueError(f"{error}: write --checkpoints {given['output']} beside an --output of this host") from error
+        raise ValueError(f"{error}: write --checkpoints {text} beside an --output of this host") from error
 
 
 def _check_unused(output: Path, checkpoints: Place) -> None:
