@@ -1,15 +1,17 @@
-"""A tiny language model, data made on the spot, and accelerate as it is in a process that has just begun."""
+"""A tiny language model, data made on the spot, and what a process of a client's finds when it has just begun."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+ROOT = Path(__file__).resolve().parents[2]
 VOCABULARY, LENGTH = 64, 12
 
 
@@ -122,3 +124,9 @@ def fresh_clients(*, is_sharded: bool) -> Iterator[None]:
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
         unset_hf_deepspeed_config()
+
+
+def fresh_environment(**variables: str) -> dict[str, str]:
+    """Return an environment for a process of one thread that imports this repository and its drop-in before others."""
+    path = os.pathsep.join([str(ROOT), str(ROOT / "dropin"), os.environ.get("PYTHONPATH", "")])
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, **variables}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,14 +13,13 @@ import pytest
 import torch
 import yaml
 
-from tests.clients.clients_common import tiny_llama
+from tests.clients.clients_common import ROOT, fresh_environment, tiny_llama
 from tests.clients.launched import rows
 
 pytestmark = pytest.mark.clients
 pytest.importorskip("accelerate", reason="needs accelerate (the hf extra)")
 pytest.importorskip("transformers", reason="needs transformers (the hf extra)")
 
-ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = Path(__file__).with_name("launched.py")
 
 LORA = """
@@ -152,9 +150,7 @@ def launch(text: str, num_ranks: int, folder: Path, *, script: Path = SCRIPT, **
     config.write_text(text)
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
     command += ["--num_processes", str(num_ranks), "--main_process_port", "0", str(script), str(folder), str(output)]
-    path = os.pathsep.join([str(ROOT), str(ROOT / "dropin"), os.environ.get("PYTHONPATH", "")])
-    quiet = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
-    environment = {**os.environ, **quiet, "PYTHONPATH": path, **variables}
+    environment = fresh_environment(HF_HUB_OFFLINE="1", TRANSFORMERS_VERBOSITY="error", **variables)
     done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=150)
     assert done.returncode == 0, done.stderr[-6000:]
     return json.loads(output.read_text())

@@ -11,22 +11,21 @@ from pathlib import Path
 
 import pytest
 
+from tests.clients.clients_common import ROOT, fresh_environment
+
 pytest.importorskip("trl", reason="needs trl (the hf extra)")
 pytestmark = pytest.mark.clients
 
-ROOT = Path(__file__).resolve().parents[2]
 SHORT = "--max_seq_len 128 --learning_rate 2e-2 --max_steps 6 --per_device_train_batch_size 4 --report_to none"
 
 
 def run(command: list[str | Path], **variables: str | Path) -> str:
     """Run a command from the repository's root in a fresh process; returns what it printed."""
-    environment = {
-        **os.environ,
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "HF_HUB_OFFLINE": "1",
-        "OMP_NUM_THREADS": "1",
+    environment = fresh_environment(
+        PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        HF_HUB_OFFLINE="1",
         **{name: str(value) for name, value in variables.items()},
-    }
+    )
     done = subprocess.run(
         [str(word) for word in command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -11,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.clients.clients_common import ROOT, fresh_environment
 
 
 @pytest.mark.clients
@@ -28,10 +27,14 @@ def test_the_recipe_trains_by_accelerate_launch_with_both_files(tmp_path: Path) 
     (recipe,) = (line for line in printed.splitlines() if "accelerate launch" in line)
     assert "configs/accelerate_zero3.yaml" in recipe
     assert "configs/ds_zero3_config.json" in recipe
-    path = os.pathsep.join([str(ROOT), str(ROOT / "dropin"), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     done = subprocess.run(
-        ["sh", "-c", recipe], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=150, check=False
+        ["sh", "-c", recipe],
+        cwd=ROOT,
+        env=fresh_environment(),
+        capture_output=True,
+        text=True,
+        timeout=150,
+        check=False,
     )
     assert done.returncode == 0, done.stderr[-4000:]
     assert "done: 2 steps" in done.stdout
