@@ -22,32 +22,8 @@ pytest.importorskip("transformers", reason="needs transformers (the hf extra)")
 
 SCRIPT = Path(__file__).with_name("launched.py")
 
-LORA = """
-compute_environment: LOCAL_MACHINE
-debug: false
-deepspeed_config:
-  deepspeed_multinode_launcher: standard
-  gradient_accumulation_steps: 4
-  offload_optimizer_device: none
-  offload_param_device: none
-  zero3_init_flag: true
-  zero3_save_16bit_model: true
-  zero_stage: 3
-distributed_type: DEEPSPEED
-downcast_bf16: 'no'
-machine_rank: 0
-main_training_function: main
-mixed_precision: bf16
-num_machines: 1
-num_processes: 8
-rdzv_backend: static
-same_network: true
-tpu_env: []
-tpu_use_cluster: false
-tpu_use_sudo: false
-use_cpu: false
-"""
-QLORA = LORA.replace("  gradient_accumulation_steps: 4\n", "").replace("num_processes: 8", "num_processes: 2")
+LORA = (ROOT / "examples" / "sft" / "zero3.yaml").read_text()
+QLORA = (ROOT / "examples" / "sft" / "zero3_qlora.yaml").read_text()
 SEQ2SEQ = """
 compute_environment: LOCAL_MACHINE
 deepspeed_config:
