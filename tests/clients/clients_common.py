@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 ROOT = Path(__file__).resolve().parents[2]
 VOCABULARY, LENGTH = 64, 12
+TOKENS = torch.arange(3, 19).view(2, 8)
 
 
 class Run(NamedTuple):
@@ -109,6 +110,11 @@ def trainer_settings(config: dict[str, Any] | None) -> dict[str, Any]:
         return {"use_cpu": True, "ddp_backend": "gloo"}
     PartialState(backend="gloo")  # accelerate counts one process on a CPU, unless the backend is named
     return {"deepspeed": config, "accelerator_config": {"use_configured_state": True}}
+
+
+def logged(trainer: Any, key: str) -> list[float]:
+    """Return what a trainer has logged by this name, in order."""
+    return [float(entry[key]) for entry in trainer.state.log_history if key in entry]
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch.nn.functional import mse_loss
 
 from tests.clients.clients_common import (
+    TOKENS,
     Run,
     accelerator_of,
     assert_same,
@@ -25,8 +26,6 @@ from tests.clients.clients_common import (
 pytestmark = pytest.mark.clients
 pytest.importorskip("accelerate", reason="needs accelerate (the hf extra)")
 pytest.importorskip("transformers", reason="needs transformers (the hf extra)")
-
-TOKENS = torch.arange(3, 19).view(2, 8)
 
 
 def auto_file(stage: int, device: str, accumulation: Any = "auto", folder: str = "") -> dict[str, Any]:

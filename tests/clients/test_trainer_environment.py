@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.clients.clients_common import Run, assert_same, fresh_clients, tiny_llama, token_rows, whole_weights
-from tests.clients.test_trainer_stages import arguments, auto_config, logged
+from tests.clients.clients_common import Run, assert_same, fresh_clients, logged, tiny_llama, token_rows, whole_weights
+from tests.clients.test_trainer_stages import arguments, auto_config
 
 pytestmark = pytest.mark.clients
 pytest.importorskip("accelerate", reason="needs accelerate (the hf extra)")

@@ -13,11 +13,12 @@ from tests.clients.clients_common import (
     Run,
     assert_same,
     fresh_clients,
+    logged,
     tiny_llama,
     token_rows,
     whole_weights,
 )
-from tests.clients.test_trainer_stages import arguments, auto_config, logged, plain_optimizers
+from tests.clients.test_trainer_stages import arguments, auto_config, plain_optimizers
 
 pytestmark = pytest.mark.clients
 pytest.importorskip("accelerate", reason="needs accelerate (the hf extra)")

@@ -9,27 +9,22 @@ from typing import Any
 import pytest
 import torch
 
-from tests.clients.clients_common import Run, fresh_clients, tiny_llama, token_rows, whole_weights
-from tests.clients.test_trainer_stages import arguments, auto_config, logged
+from tests.clients.clients_common import TOKENS, Run, fresh_clients, logged, tiny_llama, token_rows, whole_weights
+from tests.clients.test_trainer_stages import arguments, auto_config
 
 pytestmark = pytest.mark.clients
 pytest.importorskip("accelerate", reason="needs accelerate (the hf extra)")
 pytest.importorskip("transformers", reason="needs transformers (the hf extra)")
 
-TOKENS = torch.arange(3, 19).view(2, 8)
-
 
 def trainer_of(folder: str, config: dict[str, Any], model: Any = None, **changes: Any) -> Any:
     from transformers import Trainer
 
-    args = arguments(folder, config, **changes)
-    compute_metrics = changes.pop("compute_metrics", None)
     return Trainer(
         model=tiny_llama() if model is None else model,
-        args=args,
+        args=arguments(folder, config, **changes),
         train_dataset=token_rows(24),
         eval_dataset=token_rows(7),
-        compute_metrics=compute_metrics,
     )
 
 

@@ -12,6 +12,7 @@ from tests.clients.clients_common import (
     Run,
     assert_same,
     fresh_clients,
+    logged,
     tiny_llama,
     token_rows,
     trainer_settings,
@@ -104,10 +105,6 @@ def plain_optimizers(model: Any) -> tuple[Any, Any]:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
     schedule = WarmupDecayLR(optimizer, total_num_steps=4, warmup_min_lr=0, warmup_max_lr=1e-2, warmup_num_steps=2)
     return optimizer, schedule
-
-
-def logged(trainer: Any, key: str) -> list[float]:
-    return [float(entry[key]) for entry in trainer.state.log_history if key in entry]
 
 
 def train(folder: str, config: dict[str, Any] | None, **changes: Any) -> Trained:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from tests.clients import trl_runs
-from tests.clients.trl_runs import assert_like_plain_pytorch, dataset, losses_of, numbers, said, settings
+from tests.clients.clients_common import logged
+from tests.clients.trl_runs import assert_like_plain_pytorch, dataset, lora, numbers, said, settings
 
 pytest.importorskip("trl", reason="needs trl (the hf extra)")
 pytestmark = pytest.mark.clients
@@ -33,7 +34,6 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def grpo(folder: str, base: str, has_adapter: bool, gathers: bool, arguments: dict[str, Any]) -> list[float]:
     """Return each step's loss and reward, with a reference model at hand."""
-    import peft
     from trl import GRPOConfig, GRPOTrainer
 
     args = GRPOConfig(
@@ -49,16 +49,15 @@ def grpo(folder: str, base: str, has_adapter: bool, gathers: bool, arguments: di
             **arguments,
         )
     )
-    lora = peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
     trainer = GRPOTrainer(
         model=base,
         reward_funcs=share_of_numbers,
         args=args,
         train_dataset=dataset([{"prompt": said(question)} for question, _, _ in numbers(16)]),
-        peft_config=lora if has_adapter else None,
+        peft_config=lora(init_lora_weights=False) if has_adapter else None,
     )
     trainer.train()
-    return [*losses_of(trainer), *(entry["reward"] for entry in trainer.state.log_history if "reward" in entry)]
+    return [*logged(trainer, "loss"), *logged(trainer, "reward")]
 
 
 def grpo_beside_plain_pytorch(folder: str, base: str, has_adapter: bool, gathers: bool) -> None:
@@ -112,7 +111,7 @@ def generate_between_steps(folder: str, base: str, gathers: bool, arguments: dic
     trainer.train()
     sentences = [tuple(said.flatten().tolist()) for said in callback.said]
     assert len(set(sentences)) > 1, f"the model said the same all along: {sentences}"
-    return [*losses_of(trainer), *(float(token) for sentence in sentences for token in sentence)]
+    return [*logged(trainer, "loss"), *(float(token) for sentence in sentences for token in sentence)]
 
 
 def generate_beside_plain_pytorch(folder: str, base: str, gathers: bool) -> None:

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from tests.clients import trl_runs
-from tests.clients.trl_runs import assert_like_plain_pytorch, dataset, losses_of, numbers, said, settings
+from tests.clients.clients_common import logged
+from tests.clients.trl_runs import assert_like_plain_pytorch, dataset, lora, numbers, said, settings
 
 pytest.importorskip("trl", reason="needs trl (the hf extra)")
 pytestmark = pytest.mark.clients
@@ -63,12 +64,6 @@ def assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
         saved.save_pretrained(folder / name)
         trl_runs.tokenizer().save_pretrained(folder / name)
     return folder
-
-
-def lora(**changes: Any) -> Any:
-    import peft
-
-    return peft.LoraConfig(**{"r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **changes})
 
 
 def dpo(folder: Path, arguments: dict[str, Any], *, reference: str = "made by the trainer", **changes: Any) -> Any:
@@ -130,7 +125,7 @@ CASES: dict[str, Callable[..., Any]] = {
 def trained(make: Callable[..., Any], folder: Path, arguments: dict[str, Any]) -> list[float]:
     trainer = make(folder, arguments)
     trainer.train()
-    return losses_of(trainer)
+    return logged(trainer, "loss")
 
 
 def train_beside_plain_pytorch(folder: Path, case: str) -> None:

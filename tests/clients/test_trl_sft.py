@@ -11,7 +11,8 @@ import torch
 
 from tests.clients import trl_runs
 from tests.clients.adapters import logits_of
-from tests.clients.trl_runs import assert_like_plain_pytorch, dataset, losses_of, numbers, said, settings
+from tests.clients.clients_common import logged
+from tests.clients.trl_runs import assert_like_plain_pytorch, dataset, lora, numbers, said, settings
 
 pytest.importorskip("trl", reason="needs trl (the hf extra)")
 pytestmark = pytest.mark.clients
@@ -41,12 +42,6 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
 }
 
 
-def lora() -> Any:
-    import peft
-
-    return peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
-
-
 def sft(folder: str, case: str, has_adapter: bool, arguments: dict[str, Any]) -> list[float]:
     from trl import SFTConfig, SFTTrainer
 
@@ -57,10 +52,10 @@ def sft(folder: str, case: str, has_adapter: bool, arguments: dict[str, Any]) ->
         args=args,
         train_dataset=rows(),
         processing_class=trl_runs.tokenizer(),
-        peft_config=lora() if has_adapter else None,
+        peft_config=lora(init_lora_weights=False) if has_adapter else None,
     )
     trainer.train()
-    return losses_of(trainer)
+    return logged(trainer, "loss")
 
 
 def train_beside_plain_pytorch(folder: str, case: str, has_adapter: bool) -> None:
@@ -100,7 +95,7 @@ def lora_trainer(folder: str, stage: int, arguments: dict[str, Any], **changes: 
         args=args,
         train_dataset=texts(),
         processing_class=trl_runs.tokenizer(),
-        peft_config=lora(),
+        peft_config=lora(init_lora_weights=False),
     )
 
 
@@ -109,11 +104,11 @@ def resume_and_save(folder: str, stage: int) -> tuple[list[float], list[float], 
     with trl_runs.fresh_clients(stage) as arguments:
         trainer = lora_trainer(f"{folder}/run", stage, arguments)
         trainer.train()
-        whole = losses_of(trainer)
+        whole = logged(trainer, "loss")
     with trl_runs.fresh_clients(stage) as arguments:
         trainer = lora_trainer(f"{folder}/run", stage, arguments)
         trainer.train(resume_from_checkpoint=f"{folder}/run/checkpoint-2")
-        resumed = losses_of(trainer)
+        resumed = logged(trainer, "loss")
         trainer.save_model(f"{folder}/adapter")
         logits = logits_of(trainer.model_wrapped.eval())
     return whole, resumed, logits

@@ -50,6 +50,12 @@ def model(**changes: Any) -> Any:
     return clients_common.tiny_llama(vocab_size=len(SPECIAL) + len(WORDS), **{**tokens, **changes})
 
 
+def lora(**changes: Any) -> Any:
+    import peft
+
+    return peft.LoraConfig(**{"r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **changes})
+
+
 def numbers(num_rows: int) -> Iterator[tuple[str, str, str]]:
     """Yield a question, its answer, and a wrong one."""
     for row in range(num_rows):
@@ -112,10 +118,6 @@ def settings(folder: str, **changes: Any) -> dict[str, Any]:
         "seed": 3,
         **changes,
     }
-
-
-def losses_of(trainer: Any) -> list[float]:
-    return [float(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
 
 
 def assert_like_plain_pytorch(run: Callable[[dict[str, Any]], list[float]], stages: tuple[int, ...] = (2, 3)) -> None:
