@@ -82,14 +82,3 @@ def mean_over_ranks(loss: Tensor) -> float:
     total = loss.detach().clone()
     torch.distributed.all_reduce(total)
     return total.item() / torch.distributed.get_world_size()
-
-
-def ds_config(stage: int, **changes: Any) -> dict[str, Any]:
-    """Return a configuration under which every weight is a shard at stage 3."""
-    return {
-        "train_micro_batch_size_per_gpu": 2,
-        "gradient_clipping": 0.0,
-        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
-        "zero_allow_untested_optimizer": True,
-        **changes,
-    }

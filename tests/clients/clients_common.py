@@ -79,6 +79,17 @@ def assert_same(run: Run, expected: Run, *, weights_within: float = 2e-5) -> Non
         )
 
 
+def ds_config(stage: int, **changes: Any) -> dict[str, Any]:
+    """Return a configuration under which every weight is a shard at stage 3."""
+    return {
+        "train_micro_batch_size_per_gpu": 2,
+        "gradient_clipping": 0.0,
+        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
+        "zero_allow_untested_optimizer": True,
+        **changes,
+    }
+
+
 def plugin_of(stage: int, *, keeps_optimizer: bool = False, **options: Any) -> Any:
     """Return accelerate's plugin; at stage 3 small parameters are sharded, too, as all of tiny models' are."""
     from accelerate.utils import DeepSpeedPlugin

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from tests.clients.clients_common import fresh_clients, whole_weights
+from tests.clients.clients_common import accelerator_of, ds_config, fresh_clients, whole_weights
 
 pytestmark = pytest.mark.clients
 pytest.importorskip("accelerate", reason="needs accelerate (the hf extra)")
@@ -202,17 +202,10 @@ def sharded_step(model: nn.Module, batch: dict[str, Any], accelerator: Any) -> f
 
 
 def accelerator_at(stage: int) -> Any:
-    from accelerate import Accelerator
-    from accelerate.utils import DeepSpeedPlugin, InitProcessGroupKwargs
+    from accelerate.utils import DeepSpeedPlugin
 
-    config = {
-        "train_micro_batch_size_per_gpu": 2,
-        "gradient_accumulation_steps": 1,
-        "gradient_clipping": 0.0,
-        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
-    }
-    gloo = InitProcessGroupKwargs(backend="gloo")
-    return Accelerator(deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=config), kwargs_handlers=[gloo])
+    config = ds_config(stage, gradient_accumulation_steps=1)
+    return accelerator_of(DeepSpeedPlugin(hf_ds_config=config))
 
 
 def step(folder: str, index: int, frozen: list[str]) -> None:

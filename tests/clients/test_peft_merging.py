@@ -9,7 +9,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.clients.adapters import LR, adapted, ds_config, logits_of, loss_of, plain_losses, trained
+from tests.clients.adapters import LR, adapted, logits_of, loss_of, plain_losses, trained
+from tests.clients.clients_common import ds_config
 
 pytest.importorskip("peft", reason="needs peft (the hf extra)")
 pytestmark = pytest.mark.clients

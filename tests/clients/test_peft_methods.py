@@ -12,14 +12,13 @@ import torch.distributed as dist
 from tests.clients.adapters import (
     LR,
     adapted,
-    ds_config,
     logits_of,
     loss_of,
     mean_over_ranks,
     plain_losses,
     trained,
 )
-from tests.clients.clients_common import tiny_llama
+from tests.clients.clients_common import ds_config, tiny_llama
 
 pytest.importorskip("peft", reason="needs peft (the hf extra)")
 pytestmark = pytest.mark.clients

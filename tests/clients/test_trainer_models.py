@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from tests.clients.clients_common import (
     Run,
+    accelerator_of,
     assert_same,
     fresh_clients,
     logged,
@@ -92,8 +93,7 @@ def generated_alone(folder: str) -> list[list[int]]:
 
 def generated_in_step(folder: str, is_offloaded: bool) -> list[int]:
     """Every rank has its own prompt, and other ranks' forwards go on when its answer has ended."""
-    from accelerate import Accelerator
-    from accelerate.utils import DeepSpeedPlugin, InitProcessGroupKwargs
+    from accelerate.utils import DeepSpeedPlugin
     from transformers import LlamaForCausalLM
 
     with fresh_clients(is_sharded=True):
@@ -105,8 +105,7 @@ def generated_in_step(folder: str, is_offloaded: bool) -> list[int]:
                 **({"offload_param": {"device": "cpu"}} if is_offloaded else {}),
             },
         }
-        gloo = InitProcessGroupKwargs(backend="gloo")
-        accelerator = Accelerator(deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=config), kwargs_handlers=[gloo])
+        accelerator = accelerator_of(DeepSpeedPlugin(hf_ds_config=config))
         model = accelerator.prepare(LlamaForCausalLM.from_pretrained(folder))
         prompt = prompts()[dist.get_rank()]
         answers = [
