@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -66,6 +66,21 @@ def whole_weights(model: nn.Module) -> dict[str, Tensor]:
 
     with GatheredParameters(model.parameters()):
         return {name: param.detach().clone() for name, param in model.named_parameters()}
+
+
+def full_bytes(params: Iterable[nn.Parameter]) -> int:
+    return sum(param.ds_numel * param.element_size() for param in params)
+
+
+def assert_halves_are_kept(params: Iterable[nn.Parameter]) -> None:
+    """Between steps each of two ranks keeps half of the weights, and what its groups are padded with. Collective."""
+    params = list(params)
+    assert all(param.numel() == 0 for param in params)
+    kept_bytes, whole_bytes = sum(param.ds_tensor.nbytes for param in params), full_bytes(params)
+    total = torch.tensor(kept_bytes)
+    torch.distributed.all_reduce(total)
+    assert total.item() == whole_bytes
+    assert abs(2 * kept_bytes - whole_bytes) < 0.05 * whole_bytes
 
 
 def assert_same(run: Run, expected: Run, *, weights_within: float = 2e-5) -> None:

@@ -18,7 +18,7 @@ from tests.clients.adapters import (
     plain_losses,
     trained,
 )
-from tests.clients.clients_common import ds_config, tiny_llama
+from tests.clients.clients_common import assert_halves_are_kept, ds_config, tiny_llama
 
 pytest.importorskip("peft", reason="needs peft (the hf extra)")
 pytestmark = pytest.mark.clients
@@ -60,21 +60,10 @@ def train_at_all_stages(method: str, folder: str) -> None:
         engine, losses = losses_on_an_engine(model, ds_config(stage), method)
         assert losses == pytest.approx(expected, abs=1e-5), f"stage {stage}"
         if stage == 3:
-            assert_halves_are_kept(model)
+            assert_halves_are_kept(model.parameters())
         engine.destroy()
         del alive
     assert max(expected) - min(expected) > 1e-2, "nothing was learnt: equal losses would say little"
-
-
-def assert_halves_are_kept(model: torch.nn.Module) -> None:
-    """Between steps each of two ranks keeps half of the weights, and what its groups are padded with."""
-    kept = sum(param.ds_tensor.nbytes for param in model.parameters())
-    everything = torch.tensor(kept)
-    dist.all_reduce(everything)
-    total = sum(param.ds_numel * param.element_size() for param in model.parameters())
-    assert everything.item() == total
-    assert abs(kept - total / 2) < 0.05 * total
-    assert all(param.numel() == 0 for param in model.parameters())
 
 
 @pytest.fixture(scope="module")

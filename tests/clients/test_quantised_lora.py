@@ -18,7 +18,7 @@ from tests.clients.adapters import (
     plain_losses,
     trained,
 )
-from tests.clients.clients_common import ds_config, tiny_llama
+from tests.clients.clients_common import assert_halves_are_kept, ds_config, full_bytes, tiny_llama
 
 pytest.importorskip("bitsandbytes", reason="needs bitsandbytes (the hf extra)")
 pytest.importorskip("peft", reason="needs peft (the hf extra)")
@@ -102,16 +102,11 @@ def check_cell(folder: str, bits: str, stage: int, dtype: torch.dtype, furthest:
 def check_kept_bytes(model: torch.nn.Module, packed: dict[str, torch.Tensor], bits: str, stage: int) -> None:
     """At stage 3 each of two ranks keeps half of the packed bytes; 8-bit weights stay whole."""
     whole = sum(data.numel() for data in packed.values())
-    is_sharded = stage == 3 and bits == "4-bit"
-    kept = sum(p.ds_tensor.nbytes if is_sharded else p.nbytes for p in packed_of(model).values())
-    if is_sharded:
-        assert all(param.numel() == 0 for param in packed_of(model).values())
-        assert abs(kept - whole / 2) <= 0.05 * whole
-        total = torch.tensor(kept)
-        dist.all_reduce(total)
-        assert total.item() == whole
+    if stage == 3 and bits == "4-bit":
+        assert_halves_are_kept(packed_of(model).values())
+        assert full_bytes(packed_of(model).values()) == whole
     else:
-        assert kept == whole
+        assert sum(param.nbytes for param in packed_of(model).values()) == whole
 
 
 def check_merged(model: Any, twin: Any, bits: str, dtype: torch.dtype) -> None:

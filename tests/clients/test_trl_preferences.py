@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.clients import trl_runs
-from tests.clients.clients_common import logged
+from tests.clients.clients_common import assert_halves_are_kept, logged
 from tests.clients.trl_runs import assert_like_plain_pytorch, dataset, lora, numbers, said, settings
 
 pytest.importorskip("trl", reason="needs trl (the hf extra)")
@@ -137,18 +137,12 @@ def test_losses_are_those_of_plain_pytorch(run_ranks, assets: Path, case: str) -
     run_ranks(train_beside_plain_pytorch, 2, assets, case, timeout_s=150.0)
 
 
-def train_with_a_sharded_reference(folder: Path) -> tuple[int, int]:
-    """Return the bytes of the reference model that this rank holds between steps, and all of them."""
+def train_with_a_sharded_reference(folder: Path) -> None:
     with trl_runs.fresh_clients(3) as arguments:
         trainer = dpo(folder, arguments)
         trainer.train()
-        reference = trainer.ref_model.module
-        assert all(param.numel() == 0 for param in reference.parameters())
-        kept = sum(param.ds_tensor.nbytes for param in reference.parameters())
-        return kept, sum(param.ds_numel * param.element_size() for param in reference.parameters())
+        assert_halves_are_kept(trainer.ref_model.module.parameters())
 
 
 def test_each_rank_keeps_half_of_the_reference_model(run_ranks, assets: Path) -> None:
-    (first, whole), (second, _) = run_ranks(train_with_a_sharded_reference, 2, assets, timeout_s=150.0)
-    assert first + second == whole
-    assert abs(first - second) < 0.05 * whole
+    run_ranks(train_with_a_sharded_reference, 2, assets, timeout_s=150.0)
