@@ -9,32 +9,19 @@ import pytest
 import torch
 
 from craken import cli
+from tests.clients.clients_common import tiny_config, tiny_llama
 
 transformers = pytest.importorskip("transformers", reason="needs transformers (the hf extra)")
 
 TOKENS = torch.arange(16).view(2, 8)
-
-
-def tiny_llama(is_tied: bool) -> Any:
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=64,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=32,
-        tie_word_embeddings=is_tied,
-    )
-    return transformers.LlamaForCausalLM(config)
+SIZES = {"hidden_size": 64, "intermediate_size": 128}
 
 
 def train_and_save(folder: str, precision: str, is_tied: bool) -> torch.Tensor:
     """Save under stage 3 after a step, as `craken train` lays it out; return the logits of the trained module."""
     import craken
 
-    model = tiny_llama(is_tied)
+    model = tiny_llama(**SIZES, tie_word_embeddings=is_tied)
     config = {
         "train_micro_batch_size_per_gpu": 2,
         "optimizer": {"type": "AdamW", "params": {"lr": 1e-2}},
@@ -58,7 +45,7 @@ def saved(
     runs = {}
     for precision, is_tied in (("bf16", True), ("fp32", False)):
         folder = tmp_path_factory.mktemp("run")
-        tiny_llama(is_tied).config.save_pretrained(folder / "model")
+        tiny_config(**SIZES, tie_word_embeddings=is_tied).save_pretrained(folder / "model")
         runs[precision, is_tied] = folder, run_ranks(train_and_save, 2, str(folder), precision, is_tied)[0]
     return runs
 

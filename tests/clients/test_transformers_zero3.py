@@ -9,24 +9,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from tests.clients.clients_common import tiny_config
 from tests.parity.side_by_side import value
 
 pytest.importorskip("transformers", reason="needs transformers (the hf extra)")
 pytest.importorskip("deepspeed", reason="needs the drop-in")
-
-
-def tiny_llama() -> Any:
-    from transformers import LlamaConfig
-
-    return LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=32,
-    )
 
 
 def zero3_config() -> dict[str, Any]:
@@ -65,16 +52,16 @@ def from_config() -> None:
     from transformers.integrations import HfDeepSpeedConfig
 
     torch.manual_seed(7)
-    built_plainly = LlamaForCausalLM(tiny_llama())
+    built_plainly = LlamaForCausalLM(tiny_config())
     torch.manual_seed(7 + dist.get_rank())
     alive = HfDeepSpeedConfig(zero3_config())
     with deepspeed.zero.Init(config_dict_or_path=zero3_config()):
-        by_hand = LlamaForCausalLM(tiny_llama())
+        by_hand = LlamaForCausalLM(tiny_config())
     for param, whole in zip(by_hand.parameters(), built_plainly.parameters(), strict=True):
         assert torch.equal(value(param), whole)
-    by_client = LlamaForCausalLM._from_config(tiny_llama())
+    by_client = LlamaForCausalLM._from_config(tiny_config())
     del alive
-    plain = LlamaForCausalLM(tiny_llama()).eval()
+    plain = LlamaForCausalLM(tiny_config()).eval()
     for model in (by_hand, by_client):
         assert all(param.shape == (0,) for param in model.parameters())
         assert model.model.rotary_emb.inv_freq.dtype is torch.float32
@@ -96,9 +83,7 @@ def save_tiny(folder: str, tied: bool) -> None:
     from transformers import LlamaForCausalLM
 
     torch.manual_seed(3)
-    config = tiny_llama()
-    config.tie_word_embeddings = tied
-    LlamaForCausalLM(config).save_pretrained(folder)
+    LlamaForCausalLM(tiny_config(tie_word_embeddings=tied)).save_pretrained(folder)
 
 
 def from_pretrained(folder: str, dtype: str) -> None:
@@ -136,7 +121,7 @@ def resized(takes_means: bool, is_gathered: bool) -> None:
 
     alive = HfDeepSpeedConfig(zero3_config())
     torch.manual_seed(3 + dist.get_rank())
-    model = LlamaForCausalLM._from_config(tiny_llama())
+    model = LlamaForCausalLM._from_config(tiny_config())
     before = [value(matrix) for matrix in (model.model.embed_tokens.weight, model.lm_head.weight)]
     with craken.GatheredParameters(model.parameters() if is_gathered else None, modifier_rank=0):
         model.resize_token_embeddings(80, mean_resizing=takes_means)
