@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.functional import mse_loss
 
+from tests.clients.auto_configs import auto_config
 from tests.clients.clients_common import (
     TOKENS,
     Run,
@@ -31,32 +32,16 @@ pytest.importorskip("transformers", reason="needs transformers (the hf extra)")
 def auto_file(stage: int, device: str, accumulation: Any = "auto", folder: str = "") -> dict[str, Any]:
     offload = {"device": device, **({"nvme_path": folder} if device == "nvme" else {})}
     return {
+        **auto_config(
+            stage=stage,
+            offload_optimizer=offload,
+            offload_param=offload if stage == 3 else {"device": "none"},
+            stage3_gather_16bit_weights_on_model_save="auto",
+        ),
         "fp16": {"enabled": "auto"},
-        "bf16": {"enabled": "auto"},
         "optimizer": {"type": "AdamW", "params": {"lr": "auto", "weight_decay": "auto", "torch_adam": True}},
-        "scheduler": {
-            "type": "WarmupDecayLR",
-            "params": {
-                "warmup_min_lr": "auto",
-                "warmup_max_lr": "auto",
-                "warmup_num_steps": "auto",
-                "total_num_steps": "auto",
-            },
-        },
-        "zero_optimization": {
-            "stage": stage,
-            "offload_optimizer": offload,
-            "offload_param": offload if stage == 3 else {"device": "none"},
-            "reduce_bucket_size": "auto",
-            "stage3_prefetch_bucket_size": "auto",
-            "stage3_param_persistence_threshold": "auto",
-            "stage3_gather_16bit_weights_on_model_save": "auto",
-        },
         "gradient_accumulation_steps": accumulation,
-        "gradient_clipping": "auto",
         "steps_per_print": float("inf"),
-        "train_batch_size": "auto",
-        "train_micro_batch_size_per_gpu": "auto",
     }
 
 

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 
+from tests.clients.auto_configs import trainer_config
 from tests.clients.clients_common import Run, assert_same, fresh_clients, logged, tiny_llama, token_rows, whole_weights
-from tests.clients.test_trainer_stages import arguments, auto_config
+from tests.clients.test_trainer_stages import arguments
 
 pytestmark = pytest.mark.clients
 pytest.importorskip("accelerate", reason="needs accelerate (the hf extra)")
@@ -74,7 +75,7 @@ def found(folder: str, config: dict[str, Any], batch_size: int, limit: int) -> R
 @pytest.mark.parametrize("stage", [1, 2])  # transformers refuses it at stage 3
 def test_a_batch_size_that_does_not_fit_is_halved(run_ranks, tmp_path: Path, stage) -> None:
     """The failed try leaves nothing behind: the run is the one that begins with the smaller size."""
-    config = auto_config(stage)
+    config = trainer_config(stage)
     run = run_ranks(found, 2, str(tmp_path), config, 4, 2)[0]
     expected = run_ranks(found, 2, str(tmp_path), config, 2, 2)[0]
     assert run.losses == expected.losses
@@ -98,6 +99,6 @@ def evaluated_first(folder: str, config: dict[str, Any]) -> None:
 
 def test_after_it_evaluated_a_model_is_trained_by_a_new_trainer(run_ranks, tmp_path: Path) -> None:
     """transformers does not prepare a model twice: a Trainer that has evaluated cannot train, with DeepSpeed either."""
-    config = auto_config(3)
+    config = trainer_config(3)
     del config["scheduler"]  # transformers writes 0 steps into it when it evaluates, and then finds that wrong
     run_ranks(evaluated_first, 2, str(tmp_path), config)

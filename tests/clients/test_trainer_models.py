@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from tests.clients.auto_configs import trainer_config
 from tests.clients.clients_common import (
     Run,
     accelerator_of,
@@ -19,7 +20,7 @@ from tests.clients.clients_common import (
     token_rows,
     whole_weights,
 )
-from tests.clients.test_trainer_stages import arguments, auto_config, plain_optimizers
+from tests.clients.test_trainer_stages import arguments, plain_optimizers
 
 pytestmark = pytest.mark.clients
 pytest.importorskip("accelerate", reason="needs accelerate (the hf extra)")
@@ -42,13 +43,13 @@ def train(folder: str, config: dict[str, Any] | None, model_settings: dict[str, 
 @pytest.mark.parametrize("stage", [2, 3])
 def test_activations_may_be_recomputed(run_ranks, tmp_path: Path, stage, is_reentrant) -> None:
     ways = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": is_reentrant}}
-    run = run_ranks(train, 2, str(tmp_path), auto_config(stage), {}, **ways)[0]
+    run = run_ranks(train, 2, str(tmp_path), trainer_config(stage), {}, **ways)[0]
     assert_same(run, run_ranks(train, 2, str(tmp_path), None, {})[0])
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_a_tied_head_is_trained_once(run_ranks, tmp_path: Path, stage) -> None:
-    run = run_ranks(train, 2, str(tmp_path), auto_config(stage), {"tie_word_embeddings": True})[0]
+    run = run_ranks(train, 2, str(tmp_path), trainer_config(stage), {"tie_word_embeddings": True})[0]
     assert "lm_head.weight" not in run.weights
     assert_same(run, run_ranks(train, 2, str(tmp_path), None, {"tie_word_embeddings": True})[0])
 
@@ -69,7 +70,7 @@ def evaluate_alone(folder: str, config: dict[str, Any] | None) -> float:
 @pytest.mark.parametrize("device", ["none", "cpu"])
 def test_a_model_may_be_evaluated_and_never_trained(run_ranks, tmp_path: Path, device) -> None:
     """At stage 3: transformers refuses others by itself."""
-    config = auto_config(3, device)
+    config = trainer_config(3, device)
     expected = run_ranks(evaluate_alone, 2, str(tmp_path), None)[0]
     assert run_ranks(evaluate_alone, 2, str(tmp_path), config)[0] == pytest.approx(expected, abs=1e-5)
 
@@ -153,7 +154,7 @@ def seq2seq(folder: str, config: dict[str, Any] | None) -> tuple[Run, torch.Tens
 
 @pytest.mark.parametrize("stage", [2, 3])
 def test_a_seq2seq_trainer_predicts_by_generating(run_ranks, tmp_path: Path, stage) -> None:
-    run, predictions = run_ranks(seq2seq, 2, str(tmp_path), auto_config(stage))[0]
+    run, predictions = run_ranks(seq2seq, 2, str(tmp_path), trainer_config(stage))[0]
     expected, expected_predictions = run_ranks(seq2seq, 2, str(tmp_path), None)[0]
     assert_same(run, expected)
     assert torch.equal(predictions, expected_predictions)
@@ -180,7 +181,7 @@ def loading_peak(folder: str) -> tuple[int, int]:
         lambda: LlamaForCausalLM._from_config(LlamaForCausalLM.config_class.from_pretrained(folder)),
     ):
         with fresh_clients(is_sharded=True):
-            alive = arguments(folder, auto_config(3))  # holds what tells transformers of stage 3
+            alive = arguments(folder, trainer_config(3))  # holds what tells transformers of stage 3
             before = Watch.most = bytes_in_use()
             with Watch():
                 model = build()

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 
+from tests.clients.auto_configs import trainer_config
 from tests.clients.clients_common import TOKENS, Run, fresh_clients, logged, tiny_llama, token_rows, whole_weights
-from tests.clients.test_trainer_stages import arguments, auto_config
+from tests.clients.test_trainer_stages import arguments
 
 pytestmark = pytest.mark.clients
 pytest.importorskip("accelerate", reason="needs accelerate (the hf extra)")
@@ -57,7 +58,7 @@ def resumed(folder: str, config: dict[str, Any]) -> Run:
     ],
 )
 def test_a_resumed_run_is_the_run_that_was_not_interrupted(run_ranks, tmp_path: Path, stage, device, schedule) -> None:
-    config = auto_config(stage, device, str(tmp_path / "disk"))
+    config = trainer_config(stage, device, str(tmp_path / "disk"))
     if schedule == "trainer's":
         del config["scheduler"]
     expected = run_ranks(straight_on, 2, str(tmp_path), config)[0]
@@ -101,7 +102,7 @@ def best_at_end(folder: str, config: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_the_best_model_is_there_at_the_end(run_ranks, tmp_path: Path, stage) -> None:
-    run_ranks(best_at_end, 2, str(tmp_path), auto_config(stage))
+    run_ranks(best_at_end, 2, str(tmp_path), trainer_config(stage))
 
 
 def train_and_save(folder: str, config: dict[str, Any], is_tied: bool) -> torch.Tensor:
@@ -124,13 +125,13 @@ def loaded_logits(folder: str) -> torch.Tensor:
 @pytest.mark.parametrize("is_tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_a_saved_model_answers_as_the_trained_one(run_ranks, tmp_path: Path, stage, is_tied) -> None:
-    logits = run_ranks(train_and_save, 2, str(tmp_path), auto_config(stage), is_tied)[0]
+    logits = run_ranks(train_and_save, 2, str(tmp_path), trainer_config(stage), is_tied)[0]
     loaded = run_ranks(loaded_logits, 1, str(tmp_path), joins_world=False)[0]
     torch.testing.assert_close(loaded, logits, rtol=1e-5, atol=1e-6)
 
 
 def test_without_the_gather_flag_a_checkpoint_is_saved_instead(run_ranks, tmp_path: Path) -> None:
-    config = auto_config(3)
+    config = trainer_config(3)
     config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = False
     run_ranks(train_and_save, 2, str(tmp_path), config, False)
     assert not list((tmp_path / "final").glob("*.safetensors"))

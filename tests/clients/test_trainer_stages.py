@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
+from tests.clients.auto_configs import trainer_config
 from tests.clients.clients_common import (
     Run,
     assert_same,
@@ -22,48 +23,6 @@ from tests.clients.clients_common import (
 pytestmark = pytest.mark.clients
 pytest.importorskip("accelerate", reason="needs accelerate (the hf extra)")
 pytest.importorskip("transformers", reason="needs transformers (the hf extra)")
-
-
-def auto_config(stage: int, device: str = "none", folder: str = "") -> dict[str, Any]:
-    """Return what transformers' documentation shows, with all that a trainer can fill in left to it."""
-    offload = {"device": device, "pin_memory": True, **({"nvme_path": folder} if device == "nvme" else {})}
-    return {
-        "fp16": {"enabled": "auto", "loss_scale": 0, "initial_scale_power": 16, "hysteresis": 2, "min_loss_scale": 1},
-        "bf16": {"enabled": "auto"},
-        "optimizer": {
-            "type": "AdamW",
-            "params": {"lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto"},
-        },
-        "scheduler": {
-            "type": "WarmupDecayLR",
-            "params": {
-                "warmup_min_lr": "auto",
-                "warmup_max_lr": "auto",
-                "warmup_num_steps": "auto",
-                "total_num_steps": "auto",
-            },
-        },
-        "zero_optimization": {
-            "stage": stage,
-            **({} if device == "none" else {"offload_optimizer": offload}),
-            **({} if device == "none" or stage < 3 else {"offload_param": offload}),
-            "overlap_comm": True,
-            "contiguous_gradients": True,
-            "sub_group_size": 1e9,
-            "reduce_bucket_size": "auto",
-            "stage3_prefetch_bucket_size": "auto",
-            "stage3_param_persistence_threshold": "auto",
-            "stage3_max_live_parameters": 1e9,
-            "stage3_max_reuse_distance": 1e9,
-            "stage3_gather_16bit_weights_on_model_save": True,
-        },
-        "gradient_accumulation_steps": "auto",
-        "gradient_clipping": "auto",
-        "steps_per_print": 2000,
-        "train_batch_size": "auto",
-        "train_micro_batch_size_per_gpu": "auto",
-        "wall_clock_breakdown": False,
-    }
 
 
 class Trained(NamedTuple):
@@ -131,7 +90,7 @@ def train(folder: str, config: dict[str, Any] | None, **changes: Any) -> Trained
 @pytest.mark.parametrize("device", ["none", "cpu", "nvme"])
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_a_trainer_trains_evaluates_and_predicts_as_in_plain_pytorch(run_ranks, tmp_path: Path, stage, device) -> None:
-    config = auto_config(stage, device, str(tmp_path))
+    config = trainer_config(stage, device, str(tmp_path))
     got = run_ranks(train, 2, str(tmp_path), config)[0]
     expected = run_ranks(train, 2, str(tmp_path), None)[0]
     assert_same(got.run, expected.run)
