@@ -7,8 +7,10 @@ CRAKEN := $(VENV)/bin/craken
 PIP := $(VENV)/bin/python -m pip --quiet --disable-pip-version-check
 STAMP := $(VENV)/.craken-installed
 TORCH := $(shell sed -n '/^torch==/p' constraints.txt)
-ACCELERATE = $(VENV)/bin/accelerate launch --num_processes \
-	$$($(VENV)/bin/python -c 'import torch; print(torch.cuda.device_count() or 2)') --config_file configs/accelerate_
+NUM_RANKS = $$($(VENV)/bin/python -c 'import torch; print(torch.cuda.device_count() or 2)')
+# accelerate starts the ranks as its file says; craken train reads the settings from the JSON, which are the same
+BY_FILES = $(VENV)/bin/accelerate launch --num_processes $(NUM_RANKS) --config_file configs/accelerate_zero$(1).yaml \
+	-m craken.train --config configs/ds_zero$(1)_config.json
 TRIAL := --model tiny --data craken --steps 60 --seq-len 64 --eval-every 20
 LIST := awk -F ':.*\#\# ' 'NF == 2 && $$1 ~ wanted { printf "  make %-21s %s\n", $$1, $$2 }'
 
@@ -38,14 +40,14 @@ craken_ds2_auto: $(STAMP) ## ZeRO-2, all settings chosen for you (recommended; f
 craken_ds3_auto: $(STAMP) ## ZeRO-3, all settings chosen for you
 	$(CRAKEN) train --zero 3 $(FLAGS)
 
-craken_ds1: $(STAMP) ## ZeRO-1 by accelerate launch, from configs/accelerate_zero1.yaml and ds_zero1_config.json
-	$(ACCELERATE)zero1.yaml -m craken.train --config configs/ds_zero1_config.json $(FLAGS)
+craken_ds1: $(STAMP) ## ZeRO-1, ranks by accelerate launch and configs/accelerate_zero1.yaml, settings from ds_zero1_config.json
+	$(call BY_FILES,1) $(FLAGS)
 
 craken_ds2: $(STAMP) ## ZeRO-2 likewise, optimizer state on the host
-	$(ACCELERATE)zero2.yaml -m craken.train --config configs/ds_zero2_config.json $(FLAGS)
+	$(call BY_FILES,2) $(FLAGS)
 
 craken_ds3: $(STAMP) ## ZeRO-3 likewise
-	$(ACCELERATE)zero3.yaml -m craken.train --config configs/ds_zero3_config.json $(FLAGS)
+	$(call BY_FILES,3) $(FLAGS)
 
 test_craken_ds1_auto: $(STAMP) ## ZeRO-1, chosen settings, tiny model
 	rm -rf runs/trial-ds1-auto
@@ -61,15 +63,15 @@ test_craken_ds3_auto: $(STAMP) ## ZeRO-3, chosen settings, tiny model
 
 test_craken_ds1: $(STAMP) ## ZeRO-1, configuration file, tiny model
 	rm -rf runs/trial-ds1
-	$(ACCELERATE)zero1.yaml -m craken.train --config configs/ds_zero1_config.json $(TRIAL) --output runs/trial-ds1 $(FLAGS)
+	$(call BY_FILES,1) $(TRIAL) --output runs/trial-ds1 $(FLAGS)
 
 test_craken_ds2: $(STAMP) ## ZeRO-2, configuration file, tiny model
 	rm -rf runs/trial-ds2
-	$(ACCELERATE)zero2.yaml -m craken.train --config configs/ds_zero2_config.json $(TRIAL) --output runs/trial-ds2 $(FLAGS)
+	$(call BY_FILES,2) $(TRIAL) --output runs/trial-ds2 $(FLAGS)
 
 test_craken_ds3: $(STAMP) ## ZeRO-3, configuration file, tiny model
 	rm -rf runs/trial-ds3
-	$(ACCELERATE)zero3.yaml -m craken.train --config configs/ds_zero3_config.json $(TRIAL) --output runs/trial-ds3 $(FLAGS)
+	$(call BY_FILES,3) $(TRIAL) --output runs/trial-ds3 $(FLAGS)
 
 venv: $(STAMP) ## make the virtual environment and install everything into it
 install: $(STAMP) ## the same as venv

@@ -8,7 +8,7 @@ from craken.checkpoint.errors import CheckpointDamaged, CheckpointNotFound
 from craken.checkpoint.folder import latest_tag, list_tags
 from craken.checkpoint.place import Place, place_of
 from craken.checkpoint.reader import Reader, Wish
-from craken.checkpoint.retention import Found, newest_first, newest_whole
+from craken.checkpoint.retention import newest_first, newest_whole
 from craken.checkpoint.saver import Target, save
 from craken.checkpoint.verifier import Damage, verify
 
@@ -17,7 +17,6 @@ __all__ = [
     "CheckpointDamaged",
     "CheckpointNotFound",
     "Damage",
-    "Found",
     "Piece",
     "Place",
     "Reader",

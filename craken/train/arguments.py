@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import math
 from collections.abc import Mapping
@@ -12,8 +11,9 @@ from enum import Enum, auto
 from pathlib import Path
 from typing import Any
 
-from craken.checkpoint import CheckpointNotFound, Place, Reader, list_tags, newest_first, place_of
-from craken.checkpoint.place import Url, host_path
+from craken.checkpoint import Place
+from craken.checkpoint.place import host_path
+from craken.train.earlier import AUTO, FLAGS, absolute, check_unused, output_at, place_at, with_earlier
 from craken.train.presets import PRESETS, Preset
 
 DEFAULT_PROMPT = """\
@@ -23,9 +23,6 @@ import unittest
 class TestSort(unittest.TestCase):
     def test_sorted(self):
         self.assertEqual("""
-AUTO = "auto"
-FLAGS = "flags.json"
-KEPT_FLAGS = "flags"  # in a checkpoint's client state
 BATCH_SIZE = "train_batch_size"  # beside the flags in their file: sequences a step, over all ranks
 KEPT_CHECKPOINTS = 2
 CHECKPOINTS = "checkpoints"  # the folder in the output
@@ -203,28 +200,23 @@ def _add_output(group: argparse._ArgumentGroup) -> None:
 
 def resolve(given: Mapping[str, Any], *, has_accelerator: bool) -> Options:
     """Complete the given flags; ValueError when they contradict each other or name what is not there."""
-    try:
-        return _complete(dict(given), has_accelerator)
-    except OSError as error:  # a store out of reach, a folder that may not be read
-        raise ValueError(f"cannot look for an earlier run: {error}; check --checkpoints, --resume, --output") from error
-
-
-def _complete(given: dict[str, Any], has_accelerator: bool) -> Options:
+    given = dict(given)
     folder = given.pop("resume", None)
     given.pop("local_rank", None)
     resume = Resume.NEVER if folder is None else Resume.IF_POSSIBLE if folder == AUTO else Resume.ALWAYS
     adjusts_batch = "accumulation" not in given
     if resume is not Resume.NEVER:
-        given = _with_earlier(given, folder)
+        zero = given.get("zero", _stage_in(_read_config(given.get("config"))))
+        given = with_earlier(given, folder, default_output=_default_output(given.get("model", "small"), zero))
     batch_size = given.pop(BATCH_SIZE, None)
     config = _read_config(given.get("config"))
     model = given.get("model", "small")
     preset = PRESETS.get(model, PRESETS["small"])
     zero = given.get("zero", _stage_in(config))
-    output = _output_at(given["output"]) if "output" in given else _free_folder(_default_output(model, zero))
-    checkpoints = _place_at(given.get("checkpoints", output / CHECKPOINTS))
+    output = output_at(given["output"]) if "output" in given else _free_folder(_default_output(model, zero))
+    checkpoints = place_at(given.get("checkpoints", output / CHECKPOINTS))
     if resume is Resume.NEVER:
-        _check_unused(output, checkpoints)
+        check_unused(output, checkpoints)
     steps = given.get("steps", preset.steps)
     return Options(
         model=model,
@@ -259,9 +251,9 @@ def _complete(given: dict[str, Any], has_accelerator: bool) -> Options:
 
 def flags_to_keep(options: Options, *, num_ranks: int, batch_size: int) -> dict[str, Any]:
     """Return the flags of this run for `--resume`, paths made absolute: it may come from elsewhere."""
-    paths = {name: _absolute(options.given[name]) for name in PATH_FLAGS & options.given.keys()}
+    paths = {name: absolute(options.given[name]) for name in PATH_FLAGS & options.given.keys()}
     if options.preset is None:
-        paths["model"] = _absolute(options.model)
+        paths["model"] = absolute(options.model)
     return {**options.given, **paths, "output": str(options.output), "ranks": num_ranks, BATCH_SIZE: batch_size}
 
 
@@ -272,74 +264,6 @@ def save_given(options: Options, *, num_ranks: int, batch_size: int) -> None:
     partial = file.with_name(FLAGS + ".partial")
     partial.write_text(text + "\n", "utf-8")
     partial.replace(file)
-
-
-def _with_earlier(given: dict[str, Any], resume: str) -> dict[str, Any]:
-    """Return the flags of the run in `resume` (or in --output), overridden by those given now."""
-    if resume == AUTO:
-        return _with_earlier_if_any(given)
-    place = _place_at(resume)
-    if resume and (isinstance(place, Url) or list_tags(place)):
-        earlier = _flags_at(resume)
-        if not earlier:
-            raise ValueError(f"--resume {resume}: no checkpoint of a run there; expected a run's --checkpoints")
-        return {**earlier, **given, "checkpoints": resume}
-    folder = resume or given.get("output", "")
-    if not folder:
-        raise ValueError(
-            "--resume without a folder needs --output; write --resume DIR, the folder of the run to go on with"
-        )
-    file = host_path(folder) / FLAGS
-    if not file.exists():
-        raise ValueError(f"--resume {folder}: no run of craken train there (no {file}); expected a run's output folder")
-    return {**json.loads(file.read_text("utf-8")), **given, "output": folder}
-
-
-def _with_earlier_if_any(given: dict[str, Any]) -> dict[str, Any]:
-    """Return the flags of the run in --output, if there is one, overridden by those given now.
-
-    The folder must be the same each time: the default one is without a number.
-    """
-    zero = given.get("zero", _stage_in(_read_config(given.get("config"))))
-    output = given.get("output", str(_default_output(given.get("model", "small"), zero)))
-    file = _output_at(output) / FLAGS
-    earlier = json.loads(file.read_text("utf-8")) if file.exists() else _flags_at(given.get("checkpoints"))
-    return {**earlier, **given, "output": output}
-
-
-def _flags_at(checkpoints: str | None) -> dict[str, Any]:
-    """Return the flags in the newest checkpoint of a folder or a URL that can be read; none without one."""
-    place = _place_at(checkpoints or "")
-    for tag in newest_first(place) if checkpoints else ():
-        with contextlib.suppress(ValueError, CheckpointNotFound):  # damaged, a newer release's, or just deleted
-            client = Reader(place, tag).shared_value("client")
-            return dict(client.get(KEPT_FLAGS, {})) if isinstance(client, dict) else {}
-    return {}
-
-
-def _output_at(text: str) -> Path:
-    try:
-        return host_path(text)
-    except ValueError as error:
-        raise ValueError(f"{error}: write --checkpoints {text} beside an --output of this host") from error
-
-
-def _check_unused(output: Path, checkpoints: Place) -> None:
-    """ValueError where a run has been before: nothing is overwritten."""
-    if (output / "metrics.jsonl").exists():
-        raise ValueError(f"{output} already holds a run; go on with it (--resume {output}) or choose another --output")
-    if list_tags(checkpoints):
-        raise ValueError(f"{checkpoints} already holds checkpoints; go on (--resume auto) or choose another place")
-
-
-def _place_at(text: str | Path) -> Place:
-    place = place_of(text)
-    return place.expanduser() if isinstance(place, Path) else place
-
-
-def _absolute(path: str) -> str:
-    place = _place_at(path)
-    return str(place.resolve()) if isinstance(place, Path) else path
 
 
 def _default_output(model: str, zero: int) -> Path:

@@ -16,11 +16,12 @@ from rich.console import Console
 from torch import Tensor
 
 import craken
-from craken.checkpoint import Found, Place, newest_whole, run_on_all
+from craken.checkpoint import Place, newest_whole, run_on_all
 from craken.comm import MeshAxis, bytes_sent, get_accelerator, world_axis
 from craken.stop import Stop, StopRequest, agree
 from craken.train import huggingface
-from craken.train.arguments import KEPT_FLAGS, Resume, flags_to_keep
+from craken.train.arguments import Resume, flags_to_keep
+from craken.train.earlier import KEPT_FLAGS
 from craken.train.evaluate import validate
 from craken.train.metrics import EvalMetrics, MetricsFile, StepMetrics
 from craken.train.prepare import Plan
@@ -214,7 +215,9 @@ class Trainer:
         """Collective: return the tag of the newest whole checkpoint that rank 0 finds."""
 
         def look() -> tuple[None, str | None]:
-            found = newest_whole(folder) if self.is_first_rank else Found(None, {})
+            if not self.is_first_rank:
+                return None, None
+            found = newest_whole(folder)
             for tag, reason in found.damaged.items():
                 self.console.print(f"passing over the damaged checkpoint {tag}: {reason}", soft_wrap=True, markup=False)
             return None, found.tag

@@ -3,7 +3,7 @@
 #   MODEL=runs/assets/causal_lm DATASET=runs/assets/chat PROCESSES=2 examples/sft/run_lora.sh --max_seq_len 256
 set -e
 here=$(dirname "$0")
-accelerate launch --config_file "$here/zero3.yaml" --num_processes "${PROCESSES:-8}" "$here/train.py" \
+accelerate launch --config_file "${CONFIG:-$here/zero3.yaml}" --num_processes "${PROCESSES:-8}" "$here/train.py" \
     --seed 100 \
     --model_name_or_path "${MODEL:-meta-llama/Llama-2-70b-hf}" \
     --dataset_name "${DATASET:-smangrul/ultrachat-10k-chatml}" \

@@ -89,8 +89,25 @@ def test_ranks_mean_the_same_weights_whatever_else_one_of_them_has(run_ranks) ->
     run_ranks(after_a_model_of_its_own, 2)
 
 
-def test_a_block_around_nothing_lends_too(run_ranks) -> None:
-    run_ranks(run_block, 2, "all_ranks_alike", False)
+@pytest.mark.parametrize("how", ["all_ranks_alike", "first_rank_alone"])
+def test_a_block_around_nothing_lends_too(run_ranks, how) -> None:
+    run_ranks(run_block, 2, how, False)
+
+
+def block_in_one_that_has_all() -> None:
+    """Such a block may be the first rank's alone: it has nothing to tell the others."""
+    from craken import GatheredParameters
+
+    layers = built(2)
+    with torch.no_grad(), GatheredParameters(layers.parameters()):
+        if dist.get_rank() == 0:
+            with GatheredParameters(layers[1].weight, modifier_rank=0):
+                assert layers[1].weight.unique().tolist() == [1.0]
+    assert value(layers[1].weight).unique().tolist() == [1.0]
+
+
+def test_a_block_in_one_that_has_all_is_silent(run_ranks) -> None:
+    run_ranks(block_in_one_that_has_all, 2)
 
 
 def read_many() -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from craken.checkpoint.entry import code_of, dtype_of, memory_of
 from craken.checkpoint.folder import write_durably
 from craken.checkpoint.lazy import LazyTensor
-from craken.disk import write_all
+from craken.disk import round_up, write_all
 
 MODEL_NAME = "model.safetensors"
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
@@ -111,7 +111,7 @@ def _header(tensors: Mapping[str, LazyTensor]) -> bytes:
         start, end = end, end + tensor.num_bytes
         fields[name] = {"dtype": code_of(tensor.dtype), "shape": list(tensor.shape), "data_offsets": [start, end]}
     text = json.dumps(fields, separators=(",", ":")).encode()
-    text = text.ljust(-(-len(text) // 8) * 8)
+    text = text.ljust(round_up(len(text), 8))
     return len(text).to_bytes(8, "little") + text
 
 

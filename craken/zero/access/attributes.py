@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from craken.comm import MeshAxis
+from craken.comm import MeshAxis, is_initialized, world_axis
 from craken.zero.group import ShardGroup
 from craken.zero.lifecycle import Lifecycle
 from craken.zero.plans.layout import Fragment
@@ -83,6 +83,12 @@ def place_of(param: Any) -> Membership | None:
 def place_named(name: int, axis: MeshAxis) -> Membership:
     """Return what another rank of the axis calls so."""
     return _known_on(axis).places[name]
+
+
+def registered_over() -> MeshAxis | None:
+    """Return the axis of all ranks if parameters have been registered over it, which all of them know alike."""
+    axis = world_axis() if is_initialized() else None
+    return axis if axis is not None and axis.group in _together else None
 
 
 def register(

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from craken.comm import MeshAxis, broadcast, broadcast_object
-from craken.zero.access.attributes import Membership, place_named, place_of, unregister
+from craken.zero.access.attributes import Membership, place_named, place_of, registered_over, unregister
 from craken.zero.group import ShardGroup
 from craken.zero.hooks import watch_start
 from craken.zero.residence import Residence
@@ -75,8 +75,9 @@ class GatheredParameters:
         listed = _listed(params) if enabled else []
         found = {asked.place.number: asked for asked in _known(listed)}
         self._asked = [found[number] for number in sorted(found)]
-        if self._asked and modifier_rank is not None:
-            _check_rank(modifier_rank, self._asked[0].place.axis.size)
+        self._axis = self._asked[0].place.axis if self._asked else registered_over()
+        if self._axis is not None and modifier_rank is not None:
+            _check_rank(modifier_rank, self._axis.size)
         self._modifier, self._reader = modifier_rank, fwd_module
         self._leads = enabled and modifier_rank is not None
         self._mine: list[_Asked] = []  # with what is borrowed, in the order of borrowing
@@ -102,16 +103,17 @@ class GatheredParameters:
             for param, place in self._mine:
                 if place.residence is not None and not _hold(param):
                     register_external_parameter(self._reader, param)
-        if self._leads:
+        if self._leads and (self._mine or not self._asked):  # else an outer block has all, perhaps on this rank alone
             _led.append(self)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, frames: TracebackType | None
     ) -> None:
-        if self._leads:
+        has_lent = bool(_led) and _led[0] is self  # or may have, on the leading rank: the others follow it to its end
+        if self in _led:
             _led.remove(self)
         try:
-            if self._modifier is not None and kind is None and self._mine:
+            if self._modifier is not None and kind is None and (self._mine or has_lent):
                 self._publish_all(self._modifier)
                 self._before = []
         finally:
@@ -134,6 +136,8 @@ class GatheredParameters:
         A rank that reads what the modifier rank does not is left with the placeholder.
         """
         assert self._modifier is not None
+        if self._axis is None or place.axis.group is not self._axis.group:
+            return  # nobody follows over other ranks than the block's
         if place.axis.rank != self._modifier:
             while not place.gatherers and self._end is None:
                 self._follow(place.axis, self._modifier)
@@ -175,7 +179,9 @@ class GatheredParameters:
 
     def _publish_all(self, source: int) -> None:
         """Collective: make rank `source`'s values everybody's; all ranks raise or none, before the first is sent."""
-        axis = self._mine[0].place.axis
+        axis = self._axis
+        if axis is None:  # no parameter is known on any rank
+            return
         if axis.rank == source:
             self._tell(_Said("end", refused=_reshaped(self._mine)), axis)
         while self._end is None:
