@@ -20,7 +20,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.ranks import run_on_ranks
-from benchmarks.train_step import over_ranks, parse
+from benchmarks.train_step import over_ranks, parse, variables_of
 
 SCRIPT = str(Path(__file__).with_name("train_step.py"))
 COLUMNS = ("step_ms", "min_ms", "cpu_ms", "peak_mb")
@@ -29,7 +29,8 @@ RATIOS = ("step_ms", "cpu_ms")
 
 def run_once(case: str, python: str, extra: list[str]) -> dict[str, Any]:
     command = [python, SCRIPT, case, *extra]
-    return over_ranks(run_on_ranks(command, parse([case, *extra]).ranks))
+    options = parse([case, *extra])
+    return over_ranks(run_on_ranks(command, options.ranks, variables=variables_of(options)))
 
 
 Round = dict[str, dict[str, Any]]  # what each case that ran gave

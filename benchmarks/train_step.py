@@ -1,9 +1,12 @@
-"""One training step of a GPT on N gloo ranks under one implementation: step time, CPU time, peak memory, losses.
+"""One training step of a GPT on N ranks under one implementation: step time, CPU time, peak memory, losses.
 
     python benchmarks/train_step.py craken:2 --dtype bf16 --ranks 2 --accumulation 1
+    python benchmarks/train_step.py craken:2 --dtype bf16 --ranks 1 --cuda --hidden 2048 --layers 24 --micro-batch 8
 
-IMPLEMENTATION is `craken:STAGE`, `original:STAGE` (whatever `deepspeed` this Python imports), `ddp`, `fsdp2:2` (weights
-kept after forward), `fsdp2:3` (freed), or `alone` (no communication: every rank trains by itself). `craken:3:cpu/nvme`
+IMPLEMENTATION is `craken:STAGE`, `original:STAGE` (whatever `deepspeed` this Python imports), `ddp`, `ddp:autocast`
+(fp32 weights, computed with in bf16), `fsdp2:2` (weights kept after forward), `fsdp2:3` (freed), or `alone` (no
+communication: every rank trains by itself). Ranks are CPU processes on gloo; with `--cuda` each has a device of its
+own and NCCL, and the peak is the device's. `craken:3:cpu/nvme`
 and the like offload: optimizer states to the first, parameters to the second, files to `--folder`. Prints one line of
 JSON: times of the slowest rank, memory of the largest one. compare.py runs several in turn.
 """
@@ -26,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.ranks import is_rank, run_on_ranks
 
 LEARNING_RATE, DECAY = 3e-4, 0.01
+PEERS = ("ddp", "ddp:autocast", "fsdp2:2", "fsdp2:3", "alone")
 Step = Callable[[], float]
 
 
@@ -39,6 +43,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--warmup", type=int, default=3)
     parser.add_argument("--clip", type=float, default=1.0)
+    parser.add_argument("--cuda", action="store_true", help="train on CUDA, one rank a device")
     parser.add_argument("--folder", default=tempfile.gettempdir(), help="for files of offload to nvme")
     for name, value in (("hidden", 512), ("layers", 8), ("vocab", 8192), ("length", 128)):
         parser.add_argument(f"--{name}", type=int, default=value)
@@ -58,6 +63,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         dist.barrier()
         wall, cpu = time.perf_counter(), time.process_time()
         losses.append(step())
+        if options.cuda:
+            torch.cuda.synchronize()
         cpus.append(time.process_time() - cpu)
         dist.barrier()
         walls.append(time.perf_counter() - wall)
@@ -65,7 +72,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "step_ms": 1000 * statistics.median(walls[options.warmup :]),
         "min_ms": 1000 * min(walls[options.warmup :]),
         "cpu_ms": 1000 * statistics.median(cpus[options.warmup :]),
-        "peak_mb": peak_mb(),
+        "peak_mb": torch.cuda.max_memory_allocated() / 2**20 if options.cuda else peak_mb(),
         "losses": losses,
     }
     dist.barrier()
@@ -75,6 +82,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 def prepare(options: argparse.Namespace) -> Step:
     """Bring the ranks up and return what takes one whole step and returns its mean loss on this rank."""
+    import torch
     import torch.distributed as dist
 
     from benchmarks import gpt
@@ -82,18 +90,38 @@ def prepare(options: argparse.Namespace) -> Step:
     name, _, sharding = options.implementation.partition(":")
     size = gpt.Size(options.hidden, options.layers, options.vocab, options.length)
     rank, seen = int(os.environ["RANK"]), 0
+    if options.cuda:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
 
     def batch() -> Any:
         nonlocal seen
         seen += 1
-        return gpt.tokens(size, options.micro_batch, seen, rank)
+        return gpt.tokens(size, options.micro_batch, seen, rank).to(device_of(options))
 
     if name in ("craken", "original"):
-        return _deepspeed_like(name, sharding, gpt.build(size), batch, options)
-    if name not in ("ddp", "fsdp2", "alone"):
+        return _deepspeed_like(name, sharding, built(size, options), batch, options)
+    if options.implementation not in PEERS:
         raise ValueError(f"unknown implementation {options.implementation!r}; see --help")
-    dist.init_process_group("gloo")
-    return _plain_torch(options.implementation, gpt.build(size), batch, options)
+    dist.init_process_group(backend_of(options))
+    return _plain_torch(options.implementation, built(size, options), batch, options)
+
+
+def built(size: Any, options: argparse.Namespace) -> Any:
+    """Return the model where it is trained: a single thread of the host would take minutes for a large one."""
+    import torch
+
+    from benchmarks import gpt
+
+    with torch.device(device_of(options)):
+        return gpt.build(size)
+
+
+def device_of(options: argparse.Namespace) -> str:
+    return "cuda" if options.cuda else "cpu"
+
+
+def backend_of(options: argparse.Namespace) -> str:
+    return "nccl" if options.cuda else "gloo"
 
 
 def config_of(sharding: str, options: argparse.Namespace) -> dict[str, Any]:
@@ -120,7 +148,7 @@ def _deepspeed_like(
         import craken as library
     else:
         import deepspeed as library
-    library.init_distributed(dist_backend="gloo")
+    library.init_distributed(dist_backend=backend_of(options))
     engine, *_ = library.initialize(
         model=model, model_parameters=model.parameters(), config=config_of(sharding, options)
     )
@@ -146,12 +174,13 @@ def _plain_torch(implementation: str, model: Any, batch: Callable[[], Any], opti
     import torch
     from torch import nn
 
-    name = implementation.partition(":")[0]
+    name, _, kind = implementation.partition(":")
+    autocast = torch.autocast(device_of(options), torch.bfloat16, enabled=kind == "autocast")
     if name == "fsdp2":
-        net, set_sync = _fully_sharded(model, options, keeps_weights=implementation.endswith(":2"))
+        net, set_sync = _fully_sharded(model, options, keeps_weights=kind == "2")
     else:
         # no fp32 master in bf16: flatters these two, in time and in memory
-        model = model.bfloat16() if options.dtype == "bf16" else model
+        model = model.bfloat16() if options.dtype == "bf16" and kind != "autocast" else model
         net = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True) if name == "ddp" else model
 
         def set_sync(is_last: bool) -> None:
@@ -163,7 +192,8 @@ def _plain_torch(implementation: str, model: Any, batch: Callable[[], Any], opti
         total = 0.0
         for micro in range(options.accumulation):
             set_sync(micro == options.accumulation - 1)
-            loss = net(batch())
+            with autocast:
+                loss = net(batch())
             (loss / options.accumulation).backward()
             total += loss.item()
         nn.utils.clip_grad_norm_(net.parameters(), options.clip)
@@ -182,7 +212,7 @@ def _fully_sharded(
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    mesh = init_device_mesh("cpu", (options.ranks,))
+    mesh = init_device_mesh(device_of(options), (options.ranks,))
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if options.dtype == "bf16" else None)
     for module in (*model.layers, model):
         fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=not keeps_weights)
@@ -193,6 +223,11 @@ def peak_mb() -> float:
     """Return the most resident memory this process ever had, in units of 2**20 bytes."""
     status = Path("/proc/self/status").read_text()
     return int(status.split("VmHWM:")[1].split()[0]) / 1024
+
+
+def variables_of(options: argparse.Namespace) -> dict[str, object]:
+    """Return what the ranks' environment says besides a launcher's variables."""
+    return {"DS_ACCELERATOR": "cuda"} if options.cuda else {}
 
 
 def over_ranks(results: list[dict[str, Any]]) -> dict[str, Any]:
@@ -209,11 +244,8 @@ def main() -> None:
     if is_rank():
         print(json.dumps(measure(options)), flush=True)
     else:
-        print(
-            json.dumps(
-                {"case": options.implementation, **over_ranks(run_on_ranks([sys.executable, *sys.argv], options.ranks))}
-            )
-        )
+        found = run_on_ranks([sys.executable, *sys.argv], options.ranks, variables=variables_of(options))
+        print(json.dumps({"case": options.implementation, **over_ranks(found)}))
 
 
 if __name__ == "__main__":
