@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -13,6 +14,12 @@ from tests.pool import Pool, new_pool
 
 # ranks run one thread each; plain PyTorch beside them must add up in the same order
 torch.set_num_threads(1)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Hide the machine's GPUs from a run without their tests: all others are about CPU processes on gloo."""
+    if config.option.markexpr == "not gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 @pytest.fixture(scope="session")

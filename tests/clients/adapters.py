@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.clients.clients_common import LENGTH, tiny_llama
+from tests.clients.clients_common import LENGTH, device, tiny_llama
 
 NUM_TOKENS, LR = 36, 1e-2  # as many as the smallest vocabulary has
 
@@ -42,7 +42,8 @@ def adapted(method: str, base: Any = None, *, seed: int = 11) -> Any:
 
 def tokens(step: int, rank: int) -> Tensor:
     """Return [2, LENGTH] token ids that only depend on the step and the rank."""
-    return torch.randint(0, NUM_TOKENS, (2, LENGTH), generator=torch.Generator().manual_seed(100 * step + rank))
+    generator = torch.Generator().manual_seed(100 * step + rank)
+    return torch.randint(0, NUM_TOKENS, (2, LENGTH), generator=generator).to(device())
 
 
 def loss_of(model: Any, step: int, rank: int) -> Tensor:

@@ -18,7 +18,7 @@ from tests.clients.adapters import (
     plain_losses,
     trained,
 )
-from tests.clients.clients_common import assert_halves_are_kept, ds_config, tiny_llama
+from tests.clients.clients_common import assert_shares_are_kept, ds_config, tiny_llama
 
 pytest.importorskip("peft", reason="needs peft (the hf extra)")
 pytestmark = pytest.mark.clients
@@ -60,7 +60,7 @@ def train_at_all_stages(method: str, folder: str) -> None:
         engine, losses = losses_on_an_engine(model, ds_config(stage), method)
         assert losses == pytest.approx(expected, abs=1e-5), f"stage {stage}"
         if stage == 3:
-            assert_halves_are_kept(model.parameters())
+            assert_shares_are_kept(model.parameters())
         engine.destroy()
         del alive
     assert max(expected) - min(expected) > 1e-2, "nothing was learnt: equal losses would say little"

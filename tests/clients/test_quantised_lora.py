@@ -18,7 +18,7 @@ from tests.clients.adapters import (
     plain_losses,
     trained,
 )
-from tests.clients.clients_common import assert_halves_are_kept, ds_config, full_bytes, tiny_llama
+from tests.clients.clients_common import assert_shares_are_kept, device, ds_config, full_bytes, tiny_llama
 
 pytest.importorskip("bitsandbytes", reason="needs bitsandbytes (the hf extra)")
 pytest.importorskip("peft", reason="needs peft (the hf extra)")
@@ -27,6 +27,9 @@ pytestmark = pytest.mark.clients
 NUM_STEPS = 4
 # 8-bit layers quantise activations too: a last bit of difference in one can move it by a 127th
 FURTHEST = {"none": 1e-5, "8-bit": 1e-4, "4-bit": 1e-5}
+FURTHEST_IN_BF16 = 5e-3
+if torch.cuda.is_available():  # 8-bit layers compute in fp16 there, and kernels may add up in another order each time
+    FURTHEST["8-bit"] = FURTHEST_IN_BF16 = 2e-2
 
 
 def quantised(folder: str, bits: str, dtype: torch.dtype) -> Any:
@@ -66,7 +69,7 @@ def packed_bytes(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def train_a_cell(folder: str, bits: str, stage: int) -> None:
-    for dtype, furthest in ((torch.float32, FURTHEST[bits]), (torch.bfloat16, 5e-3)):
+    for dtype, furthest in ((torch.float32, FURTHEST[bits]), (torch.bfloat16, FURTHEST_IN_BF16)):
         check_cell(folder, bits, stage, dtype, furthest)
 
 
@@ -74,7 +77,7 @@ def check_cell(folder: str, bits: str, stage: int, dtype: torch.dtype, furthest:
     import deepspeed
     from transformers.integrations import HfDeepSpeedConfig
 
-    twin = quantised(folder, bits, dtype)
+    twin = quantised(folder, bits, dtype).to(device())
     expected = plain_losses(twin, NUM_STEPS, dist.get_world_size())
     config = ds_config(stage, bf16={"enabled": dtype is torch.bfloat16})
     alive = HfDeepSpeedConfig(config)
@@ -90,7 +93,7 @@ def check_cell(folder: str, bits: str, stage: int, dtype: torch.dtype, furthest:
         losses.append(mean_over_ranks(loss))
         logits_of(model.eval())  # evaluation between steps leaves weights as they are
         model.train()
-    assert losses == pytest.approx(expected, abs=furthest)
+    torch.testing.assert_close(losses, expected, rtol=0, atol=furthest)
     for name, packed in packed_bytes(model).items():
         assert torch.equal(packed, before[name]), f"{name} was cast or moved"
     check_kept_bytes(model, before, bits, stage)
@@ -100,10 +103,10 @@ def check_cell(folder: str, bits: str, stage: int, dtype: torch.dtype, furthest:
 
 
 def check_kept_bytes(model: torch.nn.Module, packed: dict[str, torch.Tensor], bits: str, stage: int) -> None:
-    """At stage 3 each of two ranks keeps half of the packed bytes; 8-bit weights stay whole."""
+    """At stage 3 every rank keeps a share of the packed bytes; 8-bit weights stay whole."""
     whole = sum(data.numel() for data in packed.values())
     if stage == 3 and bits == "4-bit":
-        assert_halves_are_kept(packed_of(model).values())
+        assert_shares_are_kept(packed_of(model).values())
         assert full_bytes(packed_of(model).values()) == whole
     else:
         assert sum(param.nbytes for param in packed_of(model).values()) == whole

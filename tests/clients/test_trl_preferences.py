@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.clients import trl_runs
-from tests.clients.clients_common import assert_halves_are_kept, logged
+from tests.clients.clients_common import assert_shares_are_kept, logged
 from tests.clients.trl_runs import assert_like_plain_pytorch, dataset, lora, numbers, said, settings
 
 pytest.importorskip("trl", reason="needs trl (the hf extra)")
@@ -48,12 +48,10 @@ def rows_in(folder: Path) -> Any:
     return load_from_disk(str(folder))
 
 
-@pytest.fixture(scope="module")
-def assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder with a language model, one that scores answers, and the data."""
+def write_assets(folder: Path) -> Path:
+    """Write a language model, one that scores answers, and the data."""
     from transformers import LlamaForSequenceClassification
 
-    folder = tmp_path_factory.mktemp("preferences")
     pairs().save_to_disk(folder / "pairs")
     judged().save_to_disk(folder / "judged")
     torch.manual_seed(5)
@@ -64,6 +62,11 @@ def assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
         saved.save_pretrained(folder / name)
         trl_runs.tokenizer().save_pretrained(folder / name)
     return folder
+
+
+@pytest.fixture(scope="module")
+def assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_assets(tmp_path_factory.mktemp("preferences"))
 
 
 def dpo(folder: Path, arguments: dict[str, Any], *, reference: str = "made by the trainer", **changes: Any) -> Any:
@@ -141,7 +144,7 @@ def train_with_a_sharded_reference(folder: Path) -> None:
     with trl_runs.fresh_clients(3) as arguments:
         trainer = dpo(folder, arguments)
         trainer.train()
-        assert_halves_are_kept(trainer.ref_model.module.parameters())
+        assert_shares_are_kept(trainer.ref_model.module.parameters())
 
 
 def test_each_rank_keeps_half_of_the_reference_model(run_ranks, assets: Path) -> None:
