@@ -86,6 +86,16 @@ class GatheredParameters:
         self._before: list[_Before] = []
 
     def __enter__(self) -> None:
+        try:
+            self._gather()
+        except BaseException:  # out of memory, say, which whoever asks may get over
+            self._release(self._asked, self._mine)
+            self._mine, self._before = [], []
+            raise
+        if self._leads and (self._mine or not self._asked):  # else an outer block has all, perhaps on this rank alone
+            _led.append(self)
+
+    def _gather(self) -> None:
         is_shared = self._leads and bool(_led) and _led[0]._modifier == self._modifier
         for param, place in self._asked:
             if is_shared:
@@ -103,8 +113,6 @@ class GatheredParameters:
             for param, place in self._mine:
                 if place.residence is not None and not _hold(param):
                     register_external_parameter(self._reader, param)
-        if self._leads and (self._mine or not self._asked):  # else an outer block has all, perhaps on this rank alone
-            _led.append(self)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, frames: TracebackType | None
@@ -200,10 +208,13 @@ class GatheredParameters:
     def _release(self, asked: Sequence[_Asked], mine: Sequence[_Asked]) -> int:
         """Let go of what this block asked for and gathered; returns how much of it others still count on."""
         for _, place in asked:
-            place.gatherers.remove(self)
+            if self in place.gatherers:  # if a gather has failed, not all that come after it know of this block
+                place.gatherers.remove(self)
         for param, place in mine:
-            if place.group is not None and place_of(param) is place:
-                param.data = place.group.view_of(place.slot)  # what `.data = ...` put in its place goes
+            group = place.group
+            is_whole = group is not None and (group.weights is None or group.weights.is_whole)
+            if group is not None and is_whole and place_of(param) is place:
+                param.data = group.view_of(place.slot)  # what `.data = ...` put in its place goes
         for residence, group in _residences(mine):
             residence.unpin(group, self)
         return sum(bool(place.gatherers) for _, place in mine)
