@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from tests.clients.adapters import LR, adapted, logits_of, loss_of, plain_losses, trained
-from tests.clients.clients_common import ds_config
+from tests.clients.clients_common import ds_config, whole_weights
 
 pytest.importorskip("peft", reason="needs peft (the hf extra)")
 pytestmark = pytest.mark.clients
@@ -91,3 +93,36 @@ def test_merging_in_bf16_costs_its_rounding(run_ranks) -> None:
     for distance, without in run_ranks(merge_in_bf16, 2, timeout_s=120.0):
         assert distance < 0.02
         assert distance < 0.1 * without
+
+
+def merge_inside_of_blocks() -> None:
+    from craken import log
+    from craken.zero import GatheredParameters
+
+    model = adapted("lora")
+    engine = train(model, ds_config(3), 1)
+    before = logits_of(engine)
+    weights = whole_weights(model)
+
+    def warnings_of(modifier_rank: int | None, *, unmerges: bool) -> int:
+        log._said.clear()
+        block = GatheredParameters(model.parameters(), modifier_rank=modifier_rank)
+        with contextlib.redirect_stderr(io.StringIO()) as told, block:
+            model.merge_adapter()
+            if unmerges:  # as TRL does, once it has handed out the merged weights
+                model.unmerge_adapter()
+        return told.getvalue().count("what they added is lost")
+
+    assert warnings_of(None, unmerges=True) == 0
+    for name, weight in whole_weights(model).items():
+        assert torch.equal(weight, weights[name]), f"{name} has drifted"
+    assert warnings_of(0, unmerges=False) == 0
+    torch.testing.assert_close(logits_of(engine), before, rtol=0, atol=1e-5)
+    model.unmerge_adapter()
+    assert warnings_of(None, unmerges=False) == (1 if dist.get_rank() == 0 else 0)  # rank 0 speaks
+    assert (logits_of(engine) - before).abs().max() > 1e-3
+    engine.destroy()
+
+
+def test_what_is_merged_in_a_block_without_modifier_is_lost_and_said_to_be(run_ranks) -> None:
+    run_ranks(merge_inside_of_blocks, 2, timeout_s=120.0)
