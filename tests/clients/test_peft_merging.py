@@ -38,19 +38,20 @@ def merge_at_all_stages(method: str, folder: str) -> None:
     base = twin.state_dict()
     key = next(name for name in base if name.endswith("base_layer.weight"))
     assert (base[key] - adapted(method).state_dict()[key]).abs().max() > 1e-4, "merging changes nothing"
-    for stage, device in [(0, "none"), (1, "none"), (2, "none"), (3, "none"), (3, "cpu")]:
+    for stage, device in [(0, "none"), (1, "none"), (2, "none"), (3, "none"), (3, "cpu"), (3, "nvme")]:
         model, config = adapted(method), ds_config(stage)
         if device != "none":
-            config["zero_optimization"] |= {name: {"device": device} for name in ("offload_param", "offload_optimizer")}
+            where = {"device": device, "nvme_path": f"{folder}/.swap"}
+            config["zero_optimization"] |= {"offload_param": where, "offload_optimizer": where}
         engine = train(model, config, 2)
-        for _ in range(2):
-            model.merge_adapter()
+        for safe_merge in (False, True):
+            model.merge_adapter(safe_merge=safe_merge)
             with GatheredParameters(model.parameters()):
                 torch.testing.assert_close(model.state_dict()[key], base[key], rtol=0, atol=1e-6)
             torch.testing.assert_close(logits_of(engine), before, rtol=0, atol=1e-5)
             model.unmerge_adapter()
             torch.testing.assert_close(logits_of(engine), before, rtol=0, atol=1e-5)
-        merged = model.merge_and_unload()
+        merged = model.merge_and_unload(safe_merge=(stage, device) in ((1, "none"), (3, "none")))
         torch.testing.assert_close(logits_of(merged), before, rtol=0, atol=1e-5)
         assert not any("lora" in name for name, _ in merged.named_parameters())
         with GatheredParameters(merged.parameters()):
@@ -64,8 +65,9 @@ def test_merged_models_answer_as_the_adapted_ones(run_ranks, tmp_path: Path, met
     from transformers import AutoModelForCausalLM
 
     run_ranks(merge_at_all_stages, 2, method, str(tmp_path), timeout_s=150.0)
-    logits = [logits_of(AutoModelForCausalLM.from_pretrained(folder).eval()) for folder in sorted(tmp_path.iterdir())]
-    assert len(logits) == 5
+    folders = sorted(tmp_path.glob("[0-9]*"))
+    logits = [logits_of(AutoModelForCausalLM.from_pretrained(folder).eval()) for folder in folders]
+    assert len(logits) == 6
     for of_stage in logits[1:]:
         torch.testing.assert_close(of_stage, logits[0], rtol=0, atol=1e-5)
 
