@@ -187,7 +187,7 @@ def discard(staging: Staging) -> None:
 def delete_tag(path: Place) -> None:
     """Delete the checkpoint `path`, which first loses its name, in a store its index: cut short, no half is left.
 
-    The rest of a folder goes with the next save then, in a store with the next one under the tag.
+    The rest of a folder goes with the next save then, in a store with the next one that deletes checkpoints.
     """
     if isinstance(path, Url):
         remote.delete_tag(path)
@@ -195,6 +195,12 @@ def delete_tag(path: Place) -> None:
     path = path.rename(path.with_name(f".{path.name}.tmp-{secrets.token_hex(8)}"))
     sync_folder(path.parent)
     _delete(path)
+
+
+def finish_deletions(folder: Place) -> None:
+    """Delete what deletions that were cut short have left in a store; in folders `stage` does."""
+    if isinstance(folder, Url):
+        remote.finish_deletions(folder)
 
 
 def write_durably(path: Place, text: str) -> None:

@@ -4,17 +4,20 @@
     URL/TAG/index-TOKEN.json               what the index will be
     URL/TAG/index.json                     written last, by one request, which stores carry out whole or not at all
     URL/latest                             text, one tag
+    URL/.TAG.deleting                      names under TAG that are being deleted, until they are
 
 Saving under an existing tag so switches from the old files to the new with its index; what the index doesn't name is
 deleted afterwards, and with it what killed savers left; files by other names stay. One job at a time saves under a tag.
+A deletion that is cut short is finished by the next save that deletes old checkpoints.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -23,6 +26,7 @@ from craken.checkpoint.place import Url, reach
 from craken.log import warn_once
 
 _OURS = re.compile(r"rank-\d{5,}-[0-9a-f]{16}\.safetensors|index(-[0-9a-f]{16})?\.json")
+_DELETING = re.compile(r"\.(?P<tag>.+)\.deleting")
 
 
 class StagedUrl(NamedTuple):
@@ -59,24 +63,53 @@ def publish(staged: StagedUrl) -> None:
 
 def delete_tag(tag: Url) -> None:
     """Delete the index, with which the checkpoint ends, then all files of ours under the tag."""
+    note, names = tag.parent / f".{tag.name}.deleting", _names_in(tag)
+    write(note, json.dumps(names).encode())
     store, path = reach(tag / INDEX_NAME)
-    store.rm_file(path)
-    tidy(tag)
+    with contextlib.suppress(FileNotFoundError):  # by another process
+        store.rm_file(path)
+    _delete_named(tag, names, note)
+
+
+def finish_deletions(folder: Url) -> None:
+    """Delete what deletions of tags in `folder` that were cut short have left."""
+    for match in filter(None, map(_DELETING.fullmatch, _names_in(folder))):
+        note = folder / match[0]
+        with contextlib.suppress(FileNotFoundError, ValueError):  # finished by another process; or no note of ours
+            store, path = reach(note)
+            _delete_named(folder / match["tag"], json.loads(store.cat_file(path)), note)
+
+
+def _delete_named(tag: Url, names: Iterable[str], note: Url) -> None:
+    """Delete those of `names` that no index of the tag names, then the note that says so."""
+    try:
+        store, root = reach(tag)
+        for name in filter(_OURS.fullmatch, sorted({*names} - {INDEX_NAME, *_kept_in(tag)})):
+            with contextlib.suppress(FileNotFoundError):
+                store.rm_file(f"{root}/{name}")
+        store.rm_file(reach(note)[1])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        warn_once(f"cannot delete all of the old checkpoint {tag} ({error}); the next save that deletes some will try")
 
 
 def tidy(tag: Url) -> None:
     """Delete files of ours that the tag's index doesn't name: replaced ones, or all that a failed save has written."""
     try:
         store, root = reach(tag)
-        names = _names_in(tag)
-        kept: set[str] = set()
-        if INDEX_NAME in names:
-            index = json.loads(store.cat_file(f"{root}/{INDEX_NAME}"))
-            kept = {INDEX_NAME, *(file["name"] for file in index["body"]["files"])}
-        for name in filter(_OURS.fullmatch, sorted(set(names) - kept)):
+        for name in filter(_OURS.fullmatch, sorted({*_names_in(tag)} - _kept_in(tag))):
             store.rm_file(f"{root}/{name}")
     except (OSError, ValueError, KeyError, TypeError) as error:
         warn_once(f"cannot delete what is no longer needed in {tag} ({error}); remove it by hand")
+
+
+def _kept_in(tag: Url) -> set[str]:
+    """Return the names of the files that make up the checkpoint, the index included; empty where there is none."""
+    store, path = reach(tag / INDEX_NAME)
+    try:
+        index = json.loads(store.cat_file(path))
+    except FileNotFoundError:
+        return set()
+    return {INDEX_NAME, *(file["name"] for file in index["body"]["files"])}
 
 
 def write(file: Url, data: bytes) -> None:
@@ -103,7 +136,8 @@ def exists(folder: Url) -> bool:
 def tags_in(folder: Url) -> list[str]:
     """Return the names under the URL that hold an index."""
     store, root = reach(folder)
-    return [name for name in _names_in(folder) if store.isfile(f"{root}/{name}/{INDEX_NAME}")]
+    names = [name for name in _names_in(folder) if not name.startswith(".")]
+    return [name for name in names if store.isfile(f"{root}/{name}/{INDEX_NAME}")]
 
 
 def _names_in(folder: Url) -> list[str]:

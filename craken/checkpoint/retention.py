@@ -14,8 +14,8 @@ from typing import NamedTuple
 from craken.checkpoint import folder as folders
 from craken.checkpoint.blocks import size_problem
 from craken.checkpoint.errors import CheckpointDamaged, CheckpointNotFound
-from craken.checkpoint.index import INDEX_NAME, read_index
-from craken.checkpoint.place import Place, modified_ns, place_of
+from craken.checkpoint.index import INDEX_NAME, Index, read_index
+from craken.checkpoint.place import Place, Url, modified_ns, place_of
 from craken.checkpoint.verifier import verify
 from craken.log import warn_once
 
@@ -28,7 +28,7 @@ def newest_first(folder: str | os.PathLike[str]) -> list[str]:
     place, times = place_of(folder), {}
     for tag in folders.list_tags(place)[::-1]:  # numbers in order: for those whose times are equal
         with contextlib.suppress(FileNotFoundError):  # deleted by another process since
-            times[tag] = modified_ns(folders.find(place, tag)[1] / INDEX_NAME)
+            times[tag] = modified_ns(_listed(place, tag) / INDEX_NAME)
     return sorted(times, key=lambda tag: -times[tag])
 
 
@@ -58,8 +58,8 @@ def delete_older(folder: Place, *, keep_last: int) -> None:
     """Delete the checkpoints in `folder` that are older than its `keep_last` newest whole ones.
 
     Never that which `latest` names, nor folders that are no checkpoints or of a newer format. A deletion that a kill
-    cuts short leaves no half of a checkpoint under a tag: the folder loses its name first. What cannot be looked at or
-    deleted is a warning.
+    cuts short leaves no half of a checkpoint under a tag: the folder loses its name first; what is left goes with the
+    next one. What cannot be looked at or deleted is a warning.
     """
     try:
         _delete_older(folder, keep_last)
@@ -68,16 +68,23 @@ def delete_older(folder: Place, *, keep_last: int) -> None:
 
 
 def _delete_older(folder: Place, keep_last: int) -> None:
+    folders.finish_deletions(folder)
     named, num_whole = _named_by_latest(folder), 0
     for tag in newest_first(folder):
         try:
-            path = folders.find(folder, tag)[1]
-            is_whole = _is_whole(path)
+            path = _listed(folder, tag)
+            index = _index_in(path)
         except (ValueError, CheckpointNotFound):  # a newer release's; or deleted by another process since
             continue
-        if num_whole >= keep_last and tag != named:
+        if num_whole < keep_last:
+            num_whole += index is not None and all(size_problem(path, file) is None for file in index.files)
+        elif tag != named:
             _delete(path)
-        num_whole += is_whole
+
+
+def _listed(folder: Place, tag: str) -> Place:
+    """Return where a tag is that was just listed; a store is not asked again."""
+    return folder / tag if isinstance(folder, Url) else folders.find(folder, tag)[1]
 
 
 def _delete(path: Place) -> None:
@@ -89,12 +96,12 @@ def _delete(path: Place) -> None:
         warn_once(f"cannot delete the old checkpoint {path} ({error}); remove it by hand")
 
 
-def _is_whole(path: Place) -> bool:
-    """Claim that the index can be read and that all files are there; ValueError for a newer format."""
+def _index_in(path: Place) -> Index | None:
+    """Return the index; None for a damaged one, ValueError for a newer format."""
     try:
-        return all(size_problem(path, file) is None for file in read_index(path).files)
+        return read_index(path)
     except CheckpointDamaged:
-        return False
+        return None
 
 
 def _named_by_latest(folder: Place) -> str | None:

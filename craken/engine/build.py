@@ -101,7 +101,6 @@ def build_parts(request: Request, config: Config, axis: MeshAxis, accelerator: A
     batch = resolve_batch(config, axis.size)
     precision = precision_of(config, batch.accumulation_steps)
     device = accelerator.device()
-    unwatch_attributes(request.model)  # for `Init`, which has built it: from now on the engine's hooks do
     named = named_parameters(request.model)
     trainable = [(name, param) for name, param in named if param.requires_grad]
     optimizer = get_optimizer(request, config, trainable)
@@ -117,8 +116,11 @@ def build_parts(request: Request, config: Config, axis: MeshAxis, accelerator: A
     share = HostShare(config.zero_optimization.offload_optimizer.ratio)
     cuts = cuts_of(optimizer) if optimizer else {}
     plan = ShardingPlan(rules, *wires, _budget(config, wires.trained), cuts, share)
+    live = _live_budget(config, wires.trained, request.model)
+    # settings that are wrong have been refused: the model was as `Init` built it until here
+    unwatch_attributes(request.model)
     with returning_freed_memory():
-        layers = shard_model(request.model, sharded, plan, _live_budget(config, wires.trained, request.model))
+        layers = shard_model(request.model, sharded, plan, live)
     if accelerator.is_cpu:
         keep_freed_memory()
     ids |= {id(param) for group in layers.frozen for param in group.params}

@@ -282,7 +282,9 @@ def _read_config(path: str | None) -> dict[str, Any]:
     if path is None:
         return {}
     if not Path(path).is_file():
-        raise ValueError(f"--config {path} does not exist; expected a JSON file such as configs/ds_zero2_config.json")
+        what = "is a folder" if Path(path).is_dir() else "does not exist"
+        example = next(iter(sorted(Path(path).glob("*.json"))), "configs/ds_zero2_config.json")
+        raise ValueError(f"--config {path} {what}; expected a JSON file such as {example}")
     try:
         raw = json.loads(Path(path).read_text("utf-8"))
     except ValueError as error:

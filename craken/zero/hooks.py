@@ -110,13 +110,14 @@ def _watch_unit(unit: Unit, lifecycle: Lifecycle) -> list[RemovableHandle]:
 class _WatchedParameters(dict[str, Any]):
     """A module's parameters by name; tells of each one that is read as an attribute. Copies are ordinary dicts."""
 
-    def __init__(self, params: dict[str, Any], was_read: Callable[[Any], None]) -> None:
+    def __init__(self, params: dict[str, Any], watchers: tuple[Callable[[Any], None], ...]) -> None:
         super().__init__(params)
-        self._was_read = was_read
+        self.watchers = watchers
 
     def __getitem__(self, name: str) -> Any:
         param = super().__getitem__(name)
-        self._was_read(param)
+        for was_read in self.watchers:
+            was_read(param)
         return param
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -124,16 +125,26 @@ class _WatchedParameters(dict[str, Any]):
 
 
 class AttributeWatch:
-    """Undoes the watching of a module's parameters, unless another has begun since."""
+    """Watches a module's parameters beside whoever else does."""
 
     def __init__(self, module: nn.Module, was_read: Callable[[Any], None]) -> None:
-        self._module, self._watched = weakref.ref(module), _WatchedParameters(module._parameters, was_read)
-        object.__setattr__(module, "_parameters", self._watched)
+        self._module, self._was_read = weakref.ref(module), was_read
+        _have_watch(module, (*_watchers_of(module), was_read))
 
     def remove(self) -> None:
-        module = self._module()
-        if module is not None and module._parameters is self._watched:
-            object.__setattr__(module, "_parameters", dict(self._watched))
+        if (module := self._module()) is not None and self._was_read in (watchers := _watchers_of(module)):
+            _have_watch(module, tuple(other for other in watchers if other != self._was_read))
+
+
+def _watchers_of(module: nn.Module) -> tuple[Callable[[Any], None], ...]:
+    """Return what is called when parameters are read as attributes of `module`."""
+    params = module._parameters
+    return params.watchers if isinstance(params, _WatchedParameters) else ()
+
+
+def _have_watch(module: nn.Module, watchers: tuple[Callable[[Any], None], ...]) -> None:
+    params = dict(module._parameters)
+    object.__setattr__(module, "_parameters", _WatchedParameters(params, watchers) if watchers else params)
 
 
 def watch_attributes(module: nn.Module, was_read: Callable[[Any], None]) -> AttributeWatch:
@@ -144,8 +155,8 @@ def watch_attributes(module: nn.Module, was_read: Callable[[Any], None]) -> Attr
 def unwatch_attributes(model: nn.Module) -> None:
     """End all watching of a model's parameters."""
     for module in model.modules():
-        if isinstance(module._parameters, _WatchedParameters):
-            object.__setattr__(module, "_parameters", dict(module._parameters))
+        if _watchers_of(module):
+            _have_watch(module, ())
 
 
 def watch_reads(model: nn.Module, groups: Sequence[ShardGroup], lifecycle: Lifecycle) -> list[Removable]:
@@ -179,7 +190,7 @@ class _Newcomers:
         weakref.finalize(self, self._handle.remove)
 
     def was_given(self, module: nn.Module, param: Any) -> None:
-        if id(param) in self._group_of and not isinstance(module._parameters, _WatchedParameters):
+        if id(param) in self._group_of and self._was_read not in _watchers_of(module):
             self._watching.append(watch_attributes(module, self._was_read))
 
     def remove(self) -> None:

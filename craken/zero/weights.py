@@ -89,10 +89,15 @@ class ShardedWeights:
         self.finish()
         if not self.is_whole:
             self._room.take()
-        if self._nearby_is_valid and (self._nearby_is_exact or not exact):
-            self._start_nearby(sources, label)
-        else:
-            self._start_from_shards(sources, label, exact=exact)
+        try:
+            if self._nearby_is_valid and (self._nearby_is_exact or not exact):
+                self._start_nearby(sources, label)
+            else:
+                self._start_from_shards(sources, label, exact=exact)
+        except BaseException:
+            if not self.is_whole:
+                self._room.give_back()
+            raise
 
     def _start_from_shards(self, sources: Sources, label: str, *, exact: bool) -> None:
         transport = sources.exact if exact else sources.quick

@@ -122,7 +122,8 @@ def parse(argv: list[str]) -> tuple[ModelArguments, DataArguments, SFTConfig]:
 
 def in_todays_words(argv: list[str]) -> list[str]:
     """Return arguments under the names they have in today's libraries; `--hub_private_repo` alone means True."""
-    words = [OLD_NAMES.get(word, word) for word in argv]
+    parts = [word.partition("=") for word in argv]
+    words = [OLD_NAMES.get(name, name) + equals + value for name, equals, value in parts]
     for here in [place for place, word in enumerate(words) if word == "--hub_private_repo"]:
         if here + 1 == len(words) or words[here + 1].startswith("--"):
             words[here] = "--hub_private_repo=True"

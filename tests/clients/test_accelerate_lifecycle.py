@@ -318,3 +318,17 @@ def test_a_rank_of_two_holds_its_share(run_ranks, tmp_path: Path, stage, device,
         units = {place: num_bytes / (4 * numel) for place, num_bytes in ledger.items()}
         assert units["device"] + units["host"] == pytest.approx(in_memory, rel=0.02)
         assert units["nvme"] == pytest.approx(in_files, rel=0.02)
+
+
+def libraries_in_use(folder: str) -> tuple[int, set[str]]:
+    """Return the bytes in files after a step with everything there, and the names of all libraries in memory."""
+    ledger, _ = held(folder, 3, "nvme")
+    mapped = Path("/proc/self/maps").read_text().splitlines()
+    return ledger["nvme"], {Path(line.split()[-1]).name for line in mapped if ".so" in line}
+
+
+def test_offload_to_files_needs_no_libaio(run_ranks, tmp_path: Path) -> None:
+    for in_files, libraries in run_ranks(libraries_in_use, 2, str(tmp_path)):
+        assert in_files > 0
+        assert any("torch_cpu" in name for name in libraries)
+        assert [name for name in libraries if "aio" in name or "async_io" in name] == []

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import math
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.clients.clients_common import ROOT, fresh_environment
+from tests.clients.clients_common import ROOT, fresh_clients, fresh_environment
 
 pytest.importorskip("trl", reason="needs trl (the hf extra)")
 pytestmark = pytest.mark.clients
@@ -30,7 +34,7 @@ def run(command: list[str | Path], **variables: str | Path) -> str:
         [str(word) for word in command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400
     )
     assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
-    return done.stdout
+    return done.stdout + done.stderr
 
 
 @pytest.fixture(scope="module")
@@ -40,14 +44,20 @@ def assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def sft(script: str, assets: Path, output: Path, *flags: str) -> list[float]:
-    """Run a script of `examples/sft`; returns the losses of its steps."""
+def sft(script: str, assets: Path, output: Path, *flags: str) -> tuple[list[float], str]:
+    """Run a script of `examples/sft`; returns the losses of its steps, and what it printed."""
     variables = {"MODEL": assets / "causal_lm", "DATASET": assets / "chat", "OUTPUT": output, "PROCESSES": "2"}
-    run([f"examples/sft/{script}", *SHORT.split(), "--logging_steps", "1", *flags], **variables)
-    checkpoint = output / "checkpoint-6"
-    assert sorted((checkpoint / "global_step6").glob("index.json")), "it was not trained by an engine"
-    state = json.loads((checkpoint / "trainer_state.json").read_text())
-    return [entry["loss"] for entry in state["log_history"] if "loss" in entry]
+    printed = run([f"examples/sft/{script}", *SHORT.split(), "--logging_steps", "1", *flags], **variables)
+    assert index_in(output)["shared_state"]["global_steps"] == 6, "it was not trained by an engine"
+    return [entry["loss"] for entry in log_in(output) if "loss" in entry], printed
+
+
+def index_in(output: Path) -> dict[str, Any]:
+    return json.loads((output / "checkpoint-6" / "global_step6" / "index.json").read_text())["body"]
+
+
+def log_in(output: Path) -> list[dict[str, Any]]:
+    return json.loads((output / "checkpoint-6" / "trainer_state.json").read_text())["log_history"]
 
 
 def check_adapter(assets: Path, output: Path) -> None:
@@ -61,20 +71,126 @@ def check_adapter(assets: Path, output: Path) -> None:
     assert all(param.abs().max() > 0 for param in trained.values())
 
 
+def check_effects(output: Path, printed: str) -> None:
+    """See what the script's flags have done to a run on two ranks."""
+    assert printed.count("nothing is pushed to the hub") == 1, "--push_to_hub"
+    assert printed.count("flash attention cannot run here") == 1, "--use_flash_attn"
+    assert printed.count("***** Running Evaluation *****") == 1, "--evaluation_strategy epoch, --log_level info"
+    adapter = json.loads((output / "adapter_config.json").read_text())
+    assert [adapter[name] for name in ("r", "lora_alpha", "lora_dropout")] == [8, 16, 0.1]
+    assert len(adapter["target_modules"]) == 7, "all-linear"
+    assert "<|im_start|>" in (output / "chat_template.jinja").read_text()
+    steps = [entry for entry in log_in(output) if "loss" in entry]
+    row_tokens = 128 * 4 * 4 * 2  # packed to --max_seq_len x samples a rank x accumulation x ranks
+    assert [entry["num_tokens"] for entry in steps] == [row_tokens * step for step in range(1, 7)]
+    cosine = [1e-2 * (1 + math.cos(math.pi * step / 6)) for step in range(6)]  # from the first step: --warmup_ratio 0
+    assert [entry["learning_rate"] for entry in steps] == pytest.approx(cosine)
+    decays = [group["weight_decay"] for group in index_in(output)["shared_state"]["optimizer"]["groups"]]
+    assert decays == [1e-4, 0.0]  # none for what has one dim
+
+
 def test_lora_learns_and_goes_on_from_a_checkpoint(assets: Path, tmp_path: Path) -> None:
-    whole = sft("run_lora.sh", assets, tmp_path, "--save_strategy", "steps", "--save_steps", "3")
+    whole, printed = sft("run_lora.sh", assets, tmp_path, "--save_strategy", "steps", "--save_steps", "3")
     assert len(whole) == 6
     assert whole[-1] < whole[0] - 0.15, f"the loss did not fall: {whole}"
     check_adapter(assets, tmp_path)
+    check_effects(tmp_path, printed)
     (tmp_path / "checkpoint-6").rename(tmp_path / "first")
-    resumed = sft("run_lora.sh", assets, tmp_path, "--resume_from_checkpoint", str(tmp_path / "checkpoint-3"))
+    resumed, _ = sft("run_lora.sh", assets, tmp_path, "--resume_from_checkpoint", str(tmp_path / "checkpoint-3"))
     assert resumed == whole
 
 
 def test_qlora_learns(assets: Path, tmp_path: Path) -> None:
-    losses = sft("run_qlora.sh", assets, tmp_path)
+    losses, _ = sft("run_qlora.sh", assets, tmp_path)
     assert losses[-1] < losses[0] - 0.15, f"the loss did not fall: {losses}"
     check_adapter(assets, tmp_path)
+
+
+# --- flags ------------------------------------------------------------------------------------------------------------
+
+
+def sft_module() -> Any:
+    spec = importlib.util.spec_from_file_location("sft_train", ROOT / "examples" / "sft" / "train.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["sft_train"] = module  # where its dataclasses look their types up
+    spec.loader.exec_module(module)
+    return module
+
+
+def flags_in(script: str) -> dict[str, str]:
+    """Return the flags of a script of `examples/sft` with their values, "" where there is none."""
+    text = (ROOT / "examples" / "sft" / script).read_text().replace("\\\n", "")
+    words = shlex.split(text.split('train.py"')[1])
+    given: dict[str, str] = {}
+    for word in words[:-1]:  # the last one is "$@"
+        if word.startswith("--"):
+            given[name := word] = ""
+        else:
+            given[name] = word
+    return given
+
+
+def parse_in_both_spellings() -> None:
+    """Have the example read its script's flags as `--name value` and as `--name=value`."""
+    example, flags = sft_module(), flags_in("run_lora.sh")
+    assert len(flags) == 38
+    words = [word for name, value in flags.items() for word in (name, value) if word]
+    joined = [f"{name}={value or True}" for name, value in flags.items()]
+    for argv in (words, joined):
+        with fresh_clients(is_sharded=False):
+            parsed = [vars(part) for part in example.parse(argv)]
+        found = {name: value for part in parsed for name, value in part.items()}
+        for flag, text in flags.items():
+            name = example.OLD_NAMES.get(flag, flag).removeprefix("--")
+            value = getattr(found[name], "value", found[name])
+            if name == "use_flash_attn":
+                assert value is False  # it cannot run here
+            elif isinstance(value, bool):
+                assert value is (text != "False"), flag
+            else:
+                assert value == type(value)(text), flag
+        assert found["gradient_checkpointing_kwargs"] == {"use_reentrant": False}
+
+
+def test_every_flag_is_taken_in_both_spellings(run_ranks) -> None:
+    run_ranks(parse_in_both_spellings, 1, timeout_s=120.0)
+
+
+class Letters:
+    """A tokenizer with a token a letter, marks around a text, and a chat template that joins what is said."""
+
+    eos_token_id = 2
+
+    def __call__(self, text: str, add_special_tokens: bool) -> dict[str, list[int]]:
+        tokens = [ord(letter) for letter in text]
+        return {"input_ids": [1, *tokens] if add_special_tokens else tokens}
+
+    def apply_chat_template(self, messages: list[dict[str, str]], tokenize: bool) -> str:
+        return "".join(said["content"] for said in messages)
+
+
+def read_texts(folder: str) -> None:
+    from types import SimpleNamespace
+
+    example, names = sft_module(), SimpleNamespace(dataset_text_field="content")
+
+    def tokens(*, has_template: bool, **flags: Any) -> dict[str, list[int]]:
+        data_args = example.DataArguments(dataset_name=folder, **flags)
+        with fresh_clients(is_sharded=False):
+            data = example.load_texts(data_args, names, Letters(), has_template=has_template)
+        return {split: rows["input_ids"][0] for split, rows in data.items()}
+
+    assert tokens(has_template=True) == {"train": [97, 98], "test": [100]}
+    assert tokens(has_template=False, splits="test,train") == {"test": [101], "train": [99]}
+    marked = tokens(has_template=False, add_special_tokens=True, append_concat_token=True)
+    assert marked == {"train": [1, 99, 2], "test": [1, 101, 2]}
+
+
+def test_flags_about_texts_have_their_effects(run_ranks, tmp_path: Path) -> None:
+    for split, said, content in (("train", "ab", "c"), ("test", "d", "e")):
+        row = {"messages": [{"role": "user", "content": letter} for letter in said], "content": content}
+        (tmp_path / f"{split}.jsonl").write_text(json.dumps(row))
+    run_ranks(read_texts, 1, str(tmp_path), timeout_s=120.0)
 
 
 def test_seq2seq_is_right_about_all_it_was_trained_on(assets: Path, tmp_path: Path) -> None:

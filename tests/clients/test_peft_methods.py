@@ -18,7 +18,7 @@ from tests.clients.adapters import (
     plain_losses,
     trained,
 )
-from tests.clients.clients_common import assert_shares_are_kept, ds_config, tiny_llama
+from tests.clients.clients_common import assert_shares_are_kept, ds_config, tiny_llama, whole_weights
 
 pytest.importorskip("peft", reason="needs peft (the hf extra)")
 pytestmark = pytest.mark.clients
@@ -45,6 +45,11 @@ def losses_on_an_engine(model: Any, config: dict[str, Any], method: str) -> tupl
     return engine, losses
 
 
+def masked_in(model: Any) -> list[list[bool]]:
+    """Return which singular values AdaLoRA has masked, by layer. Collective."""
+    return [(value == 0).flatten().tolist() for name, value in whole_weights(model).items() if "lora_E" in name]
+
+
 def train_at_all_stages(method: str, folder: str) -> None:
     from transformers import AutoModelForCausalLM
     from transformers.integrations import HfDeepSpeedConfig
@@ -59,10 +64,13 @@ def train_at_all_stages(method: str, folder: str) -> None:
             assert model.get_base_model().model.norm.weight.shape == (0,), "the base was not loaded as shards"
         engine, losses = losses_on_an_engine(model, ds_config(stage), method)
         assert losses == pytest.approx(expected, abs=1e-5), f"stage {stage}"
+        if method == "adalora":
+            assert masked_in(model) == masked_in(twin), "ranks were given to other layers"
         if stage == 3:
             assert_shares_are_kept(model.parameters())
         engine.destroy()
         del alive
+    assert method != "adalora" or sum(map(sum, masked_in(twin))) == 12, "each of 4 layers has 6 and may keep 3"
     assert max(expected) - min(expected) > 1e-2, "nothing was learnt: equal losses would say little"
 
 

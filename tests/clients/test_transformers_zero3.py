@@ -9,7 +9,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.clients.clients_common import tiny_config
+from tests.clients.adapters import LR, mean_over_ranks
+from tests.clients.clients_common import assert_halves_are_kept, ds_config, tiny_config, whole_weights
 from tests.parity.side_by_side import value
 
 pytest.importorskip("transformers", reason="needs transformers (the hf extra)")
@@ -147,3 +148,55 @@ def resized(takes_means: bool, is_gathered: bool) -> None:
 @pytest.mark.parametrize("takes_means", [False, True], ids=["random rows", "mean rows"])
 def test_embeddings_can_be_resized(run_ranks, takes_means, is_gathered) -> None:
     run_ranks(resized, 2, takes_means, is_gathered)
+
+
+def train_resized(folder: str, stage: int) -> None:
+    """Train a model with a tied head that has grown by 16 tokens, on all of its tokens."""
+    import deepspeed
+    from transformers import AutoModelForCausalLM, LlamaForCausalLM
+    from transformers.integrations import HfDeepSpeedConfig
+
+    def loss_of(model: Any, step: int, rank: int) -> torch.Tensor:
+        batch = torch.randint(0, 80, (2, 12), generator=torch.Generator().manual_seed(100 * step + rank))
+        return model(input_ids=batch, labels=batch, use_cache=False).loss
+
+    alive = HfDeepSpeedConfig(ds_config(stage))
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    torch.manual_seed(3 + dist.get_rank())  # rank 0's new rows become everybody's
+    model.resize_token_embeddings(80)
+    del alive
+    engine, *_ = deepspeed.initialize(
+        model=model, optimizer=torch.optim.AdamW(model.parameters(), lr=LR), config=ds_config(stage)
+    )
+    twin = LlamaForCausalLM(model.config)
+    twin.load_state_dict(whole_weights(model), strict=False)
+    assert twin.lm_head.weight is twin.model.embed_tokens.weight
+    optimizer = torch.optim.AdamW(twin.parameters(), lr=LR)
+    losses, expected = [], []
+    for step in range(5):
+        loss = loss_of(engine, step, dist.get_rank())
+        engine.backward(loss)
+        engine.step()
+        losses.append(mean_over_ranks(loss))
+        plain = torch.stack([loss_of(twin, step, rank) for rank in range(dist.get_world_size())]).mean()
+        plain.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        expected.append(plain.item())
+    assert losses == pytest.approx(expected, abs=1e-5)
+    assert max(expected) - min(expected) > 1e-2, "nothing was learnt: equal losses would say little"
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    if stage == 3:
+        assert_halves_are_kept(model.parameters())
+    weights, twins = whole_weights(model), dict(twin.named_parameters())
+    assert weights["model.embed_tokens.weight"].shape == (80, 32)
+    torch.testing.assert_close(
+        weights["model.embed_tokens.weight"], twins["model.embed_tokens.weight"], rtol=0, atol=1e-4
+    )
+    engine.destroy()
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_model_with_a_tied_head_that_has_grown_trains_as_in_plain_pytorch(run_ranks, tmp_path: Path, stage) -> None:
+    run_ranks(save_tiny, 1, str(tmp_path), True)
+    run_ranks(train_resized, 2, str(tmp_path), stage, timeout_s=120.0)

@@ -275,6 +275,39 @@ def test_a_forward_may_use_weights_of_another_module(run_ranks, way) -> None:
     run_ranks(read_elsewhere, 2, way)
 
 
+def gathering_fails() -> None:
+    """The second of two groups cannot be gathered: the first is let go of, and both can be gathered again."""
+    from craken.zero import GatheredParameters
+
+    model = chain()
+    engine = engine_of(model)
+    before = [value(param) for param in model.parameters()]
+    weights = engine.groups[1].weights
+
+    def fail() -> None:
+        raise MemoryError("no room")
+
+    bring_own, weights._bring_own = weights._bring_own, fail
+    for modifier in (None, 0):
+        block = GatheredParameters(model.parameters(), modifier_rank=modifier)
+        with pytest.raises(MemoryError, match="no room"):
+            block.__enter__()
+        assert all(param.shape == (0,) for param in model.parameters())
+        assert weights.num_bytes == engine.groups[0].weights.num_bytes == 0
+    weights._bring_own = bring_own
+    for param, values in zip(model.parameters(), before, strict=True):
+        assert torch.equal(value(param), values)
+    with GatheredParameters(model[1].weight, modifier_rank=0):
+        model[1].weight.data.fill_(3.0)
+    assert value(model[1].weight).unique().tolist() == [3.0], "a block that is gone answers for it"
+    engine.check_integrity()
+    engine.destroy()
+
+
+def test_a_block_that_could_not_begin_leaves_nothing_gathered(run_ranks) -> None:
+    run_ranks(gathering_fails, 2)
+
+
 def registering() -> None:
     from craken.zero import external_parameters, register_external_parameter, unregister_external_parameter
 

@@ -174,6 +174,28 @@ def test_an_engine_ends_the_lending(run_ranks) -> None:
     run_ranks(after_initialize, 2)
 
 
+def after_a_refusal() -> None:
+    """Settings are refused, some of them only once the model is looked at: it is lent as before, and can be trained."""
+    import craken
+
+    layers = built(3)
+    config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}}
+    wrong_leaf = {**config, "zero_optimization": {"stage": 3, "leaf_module": {"classes": ["Nowhere"]}}}
+    for refused, optimizer in ((config, lambda params: "none"), (wrong_leaf, None)):
+        with pytest.raises(ValueError, match="expected a torch optimizer|Nowhere"):
+            craken.initialize(model=layers, config=refused, optimizer=optimizer)
+        with craken.GatheredParameters(layers[0].weight, modifier_rank=0):
+            assert layers[1].weight.unique().tolist() == [1.0]
+        assert layers[1].weight.shape == (0,)
+    engine, *_ = craken.initialize(model=layers, config=config)
+    assert engine(torch.ones(1, 4)).tolist() == [[0.0] * 4]
+    engine.destroy()
+
+
+def test_a_refused_config_leaves_the_lending_as_it_was(run_ranks) -> None:
+    run_ranks(after_a_refusal, 2)
+
+
 def failing_block() -> None:
     from craken import GatheredParameters
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -92,10 +93,13 @@ def test_an_engine_without_optimizer_has_its_hooks_in_the_optimizers_place(run_r
 class Adapter(nn.Module):
     """Reads the weight of what it wraps, besides running it; and has one of its own, that nobody shards."""
 
-    def __init__(self, base: nn.Module) -> None:
+    def __init__(self, base: nn.Module, *, is_built_as_shards: bool) -> None:
+        from craken.zero import Init
+
         super().__init__()
         self.base, self.scale = base, nn.Parameter(torch.zeros(()), requires_grad=False)
-        self.borrowed = nn.Linear(1, 1, bias=False)
+        with Init(enabled=is_built_as_shards):  # the reads of which are watched for those who lend
+            self.borrowed = nn.Linear(1, 1, bias=False)
         self.borrowed.weight = base.up.weight
 
     def forward(self, x: Tensor) -> Tensor:
@@ -111,13 +115,13 @@ class Host(nn.Module):
         return self.last(self.first(x))
 
 
-def adapt_later() -> None:
+def adapt_later(*, are_built_as_shards: bool) -> None:
     with torch.random.fork_rng():
         torch.manual_seed(31)
         pair = Pair(3, Host())
     pair.step_both(0)
     for model in (pair.model, pair.twin):
-        model.first = Adapter(model.first)
+        model.first = Adapter(model.first, is_built_as_shards=are_built_as_shards)
         model.last.extra = model.first.base.down.weight
     for step in range(1, 4):
         pair.step_both(step)
@@ -129,5 +133,6 @@ def adapt_later() -> None:
     pair.close()
 
 
-def test_modules_that_are_given_sharded_weights_later_read_them_whole(run_ranks) -> None:
-    run_ranks(adapt_later, 2)
+@pytest.mark.parametrize("are_built_as_shards", [False, True])
+def test_modules_that_are_given_sharded_weights_later_read_them_whole(run_ranks, are_built_as_shards) -> None:
+    run_ranks(adapt_later, 2, are_built_as_shards=are_built_as_shards)

@@ -15,7 +15,7 @@ so code inside may run on the modifier rank alone, as in functions that initiali
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from types import TracebackType
 from typing import Any, Literal, NamedTuple
@@ -84,8 +84,19 @@ class GatheredParameters:
         self._loans: list[_Asked] = []
         self._end: _Said | None = None
         self._before: list[_Before] = []
+        self._endings: list[Callable[[], None]] = []
 
     def __enter__(self) -> None:
+        try:
+            self._gather()
+        except BaseException:  # out of memory, say, which whoever asks may get over
+            self._release(self._asked, self._mine)
+            self._mine, self._before = [], []
+            raise
+        if self._leads and (self._mine or not self._asked):  # else an outer block has all, perhaps on this rank alone
+            _led.append(self)
+
+    def _gather(self) -> None:
         is_shared = self._leads and bool(_led) and _led[0]._modifier == self._modifier
         for param, place in self._asked:
             if is_shared:
@@ -103,8 +114,6 @@ class GatheredParameters:
             for param, place in self._mine:
                 if place.residence is not None and not _hold(param):
                     register_external_parameter(self._reader, param)
-        if self._leads and (self._mine or not self._asked):  # else an outer block has all, perhaps on this rank alone
-            _led.append(self)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, frames: TracebackType | None
@@ -117,7 +126,9 @@ class GatheredParameters:
                 self._publish_all(self._modifier)
                 self._before = []
         finally:
-            asked, mine = [*self._asked, *self._loans], self._mine
+            for ending in self._endings:
+                ending()
+            asked, mine, self._endings = [*self._asked, *self._loans], self._mine, []
             self._mine, self._loans, self._end = [], [], None
             for param, where, values in self._before:
                 where.copy_(values)
@@ -129,6 +140,10 @@ class GatheredParameters:
                 f"GatheredParameters: {overlaps} parameter(s) of this block are still used by another one that began "
                 "inside of it and has not ended; leave blocks in the opposite order, or gather each parameter once"
             )
+
+    def before_end(self, call: Callable[[], None]) -> None:
+        """Have `call` called once when the block ends, while what it has gathered is whole."""
+        self._endings.append(call)
 
     def borrow(self, param: nn.Parameter, place: Membership) -> None:
         """Have a parameter whole that the block's code reads. Led by the modifier rank: others follow it.
@@ -200,10 +215,13 @@ class GatheredParameters:
     def _release(self, asked: Sequence[_Asked], mine: Sequence[_Asked]) -> int:
         """Let go of what this block asked for and gathered; returns how much of it others still count on."""
         for _, place in asked:
-            place.gatherers.remove(self)
+            if self in place.gatherers:  # if a gather has failed, not all that come after it know of this block
+                place.gatherers.remove(self)
         for param, place in mine:
-            if place.group is not None and place_of(param) is place:
-                param.data = place.group.view_of(place.slot)  # what `.data = ...` put in its place goes
+            group = place.group
+            is_whole = group is not None and (group.weights is None or group.weights.is_whole)
+            if group is not None and is_whole and place_of(param) is place:
+                param.data = group.view_of(place.slot)  # what `.data = ...` put in its place goes
         for residence, group in _residences(mine):
             residence.unpin(group, self)
         return sum(bool(place.gatherers) for _, place in mine)
@@ -275,6 +293,13 @@ def _publish(asked: _Asked, source: int) -> None:
 def are_too_many(lent: Sequence[nn.Parameter]) -> bool:
     """Say whether the first of these parameters, which are lent beside what a user asked for, should go."""
     return len(lent) > _MIN_LOANS and sum(param.numel() for param in lent) > _MAX_LENT_NUMEL
+
+
+def block_that_discards(param: Tensor) -> GatheredParameters | None:
+    """Return the block that answers for a parameter, if there is one and it has no modifier."""
+    place = place_of(param)
+    block: GatheredParameters | None = place.gatherers[0] if place is not None and place.gatherers else None
+    return block if block is not None and block._modifier is None else None
 
 
 _led: list[GatheredParameters] = []  # blocks with a modifier that are open, the outermost first

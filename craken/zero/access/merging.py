@@ -3,23 +3,41 @@
     model.merge_adapter()           layer by layer: gather, add, and what was added goes into the shards
     model.merge_and_unload()        the same; what is left are the layers that were adapted
 
-Nothing of it is a forward, so the hooks that bring weights would not notice.
+Nothing of it is a forward, so the hooks that bring weights would not notice. Inside of a block of GatheredParameters
+without a modifier, what was added goes with the block: good for a look at merged weights (TRL hands them to vLLM, then
+unmerges), a mistake where layers are left merged.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from types import MethodType
 from typing import Any
 
 from torch import nn
 
-from craken.zero.access.gathered import GatheredParameters
+from craken.log import warn_once
+from craken.zero.access.gathered import GatheredParameters, block_that_discards
 
 
 def merge(layer: Any, *args: Any, **kwargs: Any) -> Any:
     """Collective over all ranks: the layer's own `merge`, on whole weights."""
     with GatheredParameters(layer.parameters(), modifier_rank=0):
-        return type(layer).merge(layer, *args, **kwargs)
+        result = type(layer).merge(layer, *args, **kwargs)
+    for param in layer.get_base_layer().parameters(recurse=False):
+        if (block := block_that_discards(param)) is not None:
+            block.before_end(partial(_warn_if_merged, layer))
+            break
+    return result
+
+
+def _warn_if_merged(layer: Any) -> None:
+    if layer.merged:
+        warn_once(
+            "adapters were merged inside of GatheredParameters without modifier_rank, which ends now: what they added "
+            "is lost, though the layers say that they are merged. Merge outside of such a block (layers are gathered "
+            "one by one), give it modifier_rank=0, or unmerge before it ends"
+        )
 
 
 def unmerge(layer: Any, *args: Any, **kwargs: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from craken.checkpoint.export.fp32 import main as convert
 from craken.checkpoint.inspect_command import main as inspect
 from craken.checkpoint.original.command import main as import_checkpoint
 from craken.checkpoint.place import Url, place_of
+from craken.checkpoint.retention import delete_older
 from craken.spec import ShardSpec
 from craken.train.command import main as train
 from tests.unit.checkpoint.ranks import Brought, numbers, save_on_ranks, save_one, shard, whole
@@ -191,6 +193,61 @@ def test_old_checkpoints_go_and_the_index_of_each_goes_first(url: str, monkeypat
     assert [verify(f"{url}/{tag}") for tag in ("step11", "step12")] == [[], []]
     left = ["note.txt", "rank-00000.safetensors"]
     assert [name for name in names() if name.startswith("step10/")] == [f"step10/{name}" for name in left]
+
+
+@pytest.mark.parametrize("num_done", range(5))
+def test_a_deletion_that_is_cut_short_is_finished_by_a_later_one(
+    url: str, monkeypatch: pytest.MonkeyPatch, num_done: int
+) -> None:
+    """Cut short after as many requests: the index, two files, the note; 4: at the end."""
+    save_one(url, "a", {"w": torch.ones(4)})
+    STORE.pipe_file("/bucket/run/a/rank-00001-0123456789abcdef.safetensors", b"another rank's")
+    real, requests = type(STORE).rm_file, []
+
+    def killed(store: Any, path: str) -> None:
+        if "/a/" in path or path.endswith(".a.deleting"):
+            if len(requests) == num_done:
+                raise KeyboardInterrupt
+            requests.append(path)
+        real(store, path)
+
+    save_one(url, "b", {"w": torch.ones(4)})
+    monkeypatch.setattr(type(STORE), "rm_file", killed)
+    with pytest.raises(KeyboardInterrupt) if num_done < 4 else contextlib.nullcontext():
+        delete_older(place_of(url), keep_last=1)
+    monkeypatch.undo()
+    assert list_tags(url) == (["a", "b"] if num_done == 0 else ["b"])
+    assert all(not verify(f"{url}/{tag}") for tag in list_tags(url))
+    if num_done in (1, 2):  # and the tag may be used again in between
+        save_one(url, "a", {"w": torch.zeros(4)})
+        delete_older(place_of(url), keep_last=2)
+        assert verify(f"{url}/a") == []
+        assert torch.equal(Reader(url, "a").read_full("param", "w"), torch.zeros(4))
+    save_one(url, "c", {"w": torch.ones(4)}, keep_last=1)
+    assert names() == ["c/index.json", "c/rank-00000.safetensors", "latest"]
+
+
+def test_sizes_are_asked_for_of_what_stays_alone(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for step in range(5):
+        save_one(url, f"step{step}", {"w": torch.ones(4)})
+    asked: list[str] = []
+
+    def noting(name: str) -> Any:
+        real = getattr(type(STORE), name)
+
+        def call(store: Any, path: str, *args: Any, **options: Any) -> Any:
+            asked.append(f"{name} {path}")
+            return real(store, path, *args, **options)
+
+        return call
+
+    for name in ("ls", "isfile", "size", "modified", "cat_file", "rm_file"):
+        monkeypatch.setattr(type(STORE), name, noting(name))
+    delete_older(place_of(url), keep_last=2)
+    assert [request.split("/")[3] for request in asked if request.startswith("size")] == ["step4", "step3"]
+    for step in (3, 4):  # listed, dated, read
+        mine = [request.split()[0] for request in asked if f"step{step}/" in request and "isfile" not in request]
+        assert mine == ["modified", "cat_file", "size"]
 
 
 def test_where_the_store_tells_no_times_numbers_say_which_are_old(url: str, monkeypatch: pytest.MonkeyPatch) -> None:

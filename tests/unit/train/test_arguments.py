@@ -144,6 +144,8 @@ MISTAKES = [
     (["--resume", "memory://bucket/none"], "memory://bucket/none: no checkpoint of a run there"),
     (["--output", "memory://bucket/out"], "write --checkpoints memory://bucket/out beside an --output of this host"),
     (["--config", "missing.json"], r"--config missing\.json does not exist"),
+    (["--config", "settings"], r"--config settings is a folder; expected a JSON file such as settings/zero3\.json"),
+    (["--config", "old"], r"--config old is a folder; expected a JSON file such as configs/ds_zero2_config\.json"),
     (["--config", "broken.json"], "is not JSON"),
     (["--config", "list.json"], "holds a list; expected a JSON object"),
     (["--output", "old"], "already holds a run.*--resume old"),
@@ -154,6 +156,8 @@ MISTAKES = [
 def test_a_mistake_is_told_with_what_to_type(tmp_path, argv, words) -> None:
     (tmp_path / "broken.json").write_text("{")
     (tmp_path / "list.json").write_text("[]")
+    (tmp_path / "settings").mkdir()
+    (tmp_path / "settings" / "zero3.json").write_text("{}")
     (tmp_path / "old").mkdir()
     (tmp_path / "old" / "metrics.jsonl").write_text("")
     with pytest.raises(ValueError, match=words):
