@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from tests.clients.adapters import LR, mean_over_ranks
-from tests.clients.clients_common import assert_halves_are_kept, ds_config, tiny_config, whole_weights
+from tests.clients.clients_common import assert_shares_are_kept, ds_config, tiny_config, whole_weights
 from tests.parity.side_by_side import value
 
 pytest.importorskip("transformers", reason="needs transformers (the hf extra)")
@@ -187,7 +187,7 @@ def train_resized(folder: str, stage: int) -> None:
     assert max(expected) - min(expected) > 1e-2, "nothing was learnt: equal losses would say little"
     assert model.lm_head.weight is model.model.embed_tokens.weight
     if stage == 3:
-        assert_halves_are_kept(model.parameters())
+        assert_shares_are_kept(model.parameters())
     weights, twins = whole_weights(model), dict(twin.named_parameters())
     assert weights["model.embed_tokens.weight"].shape == (80, 32)
     torch.testing.assert_close(
