@@ -39,6 +39,7 @@ CHAT_TEMPLATES = {
         "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
     ),
 }
+DTYPES = ["float16", "bfloat16", "float32"]
 CHAT_TOKENS = {
     "chatml": ["<|im_start|>", "<|im_end|>"],
     "zephyr": ["<|user|>", "<|assistant|>", "<|system|>"],
@@ -50,7 +51,9 @@ class ModelArguments:
     """What is trained."""
 
     model_name_or_path: str = field(metadata={"help": "a model's name on the hub, or a folder"})
-    chat_template_format: str = field(default="none", metadata={"help": "chatml, zephyr, or none: the texts are used"})
+    chat_template_format: str = field(
+        default="none", metadata={"help": "how a conversation becomes a text", "choices": [*CHAT_TEMPLATES, "none"]}
+    )
     use_flash_attn: bool = field(default=False, metadata={"help": "flash attention, where it can run"})
     use_peft_lora: bool = field(default=False, metadata={"help": "train LoRA matrices, not the weights"})
     lora_r: int = field(default=8, metadata={"help": "rank of the matrices"})
@@ -62,10 +65,18 @@ class ModelArguments:
     use_8bit_quantization: bool = field(default=False, metadata={"help": "keep frozen weights in 8 bits"})
     use_4bit_quantization: bool = field(default=False, metadata={"help": "keep frozen weights in 4 bits"})
     use_nested_quant: bool = field(default=False, metadata={"help": "quantise the scales of 4-bit weights too"})
-    bnb_4bit_quant_type: str = field(default="nf4", metadata={"help": "nf4 or fp4"})
-    bnb_4bit_compute_dtype: str = field(default="float16", metadata={"help": "what 4-bit weights compute in"})
+    bnb_4bit_quant_type: str = field(
+        default="nf4", metadata={"help": "kind of 4-bit numbers", "choices": ["nf4", "fp4"]}
+    )
+    bnb_4bit_compute_dtype: str = field(
+        default="float16", metadata={"help": "what 4-bit weights compute in", "choices": DTYPES}
+    )
     bnb_4bit_quant_storage_dtype: str = field(
-        default="uint8", metadata={"help": "dtype that packed weights wear: the model's, for all to be sharded alike"}
+        default="uint8",
+        metadata={
+            "help": "dtype that packed weights wear: the model's, for all to be sharded alike",
+            "choices": ["uint8", *DTYPES],
+        },
     )
     use_reentrant: bool = field(default=False, metadata={"help": "kind of gradient checkpointing"})
 
@@ -86,7 +97,7 @@ def main() -> None:
     model = load_model(model_args, args)
     grown = grow_vocabulary(model, tokenizer)
     data = load_texts(data_args, args, tokenizer, has_template=model_args.chat_template_format != "none")
-    train_split, test_split = data_args.splits.split(",")
+    train_split, test_split = splits_of(data_args)
     trainer = SFTTrainer(
         model=model,
         args=args,
@@ -108,6 +119,7 @@ def parse(argv: list[str]) -> tuple[ModelArguments, DataArguments, SFTConfig]:
     on_cpu = [] if torch.cuda.is_available() else arguments_for_cpu()
     parser = HfArgumentParser((ModelArguments, DataArguments, SFTConfig))
     model_args, data_args, args = parser.parse_args_into_dataclasses([*on_cpu, *in_todays_words(argv)])
+    splits_of(data_args)
     args.gradient_checkpointing_kwargs = {"use_reentrant": model_args.use_reentrant}
     if args.push_to_hub and os.environ.get("HF_HUB_OFFLINE") == "1":
         note("HF_HUB_OFFLINE is set: nothing is pushed to the hub")
@@ -131,10 +143,20 @@ def in_todays_words(argv: list[str]) -> list[str]:
 
 
 def arguments_for_cpu() -> list[str]:
-    """Name gloo: without GPUs accelerate counts one process unless the backend is named."""
-    if "LOCAL_RANK" in os.environ:
-        PartialState(backend="gloo")
+    """Name gloo where several are launched: without GPUs accelerate counts one process unless the backend is named."""
+    if "LOCAL_RANK" not in os.environ:
+        return ["--use_cpu", "True"]
+    PartialState(backend="gloo")
     return ["--use_cpu", "True", "--accelerator_config", '{"use_configured_state": true}']
+
+
+def splits_of(data_args: DataArguments) -> list[str]:
+    splits = data_args.splits.split(",")
+    if len(splits) != 2 or not all(splits):
+        raise SystemExit(
+            f"--splits {data_args.splits}: expected two names, as in train,test: to train on, to evaluate on"
+        )
+    return splits
 
 
 def note(text: str) -> None:
@@ -148,8 +170,6 @@ def load_tokenizer(model_args: ModelArguments) -> Any:
     tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path)
     kind = model_args.chat_template_format
     if kind != "none":
-        if kind not in CHAT_TEMPLATES:
-            raise SystemExit(f"--chat_template_format {kind}: expected none, {' or '.join(CHAT_TEMPLATES)}")
         tokenizer.add_special_tokens({"additional_special_tokens": CHAT_TOKENS[kind]})
         tokenizer.chat_template = CHAT_TEMPLATES[kind]
     if tokenizer.pad_token is None:
@@ -219,10 +239,10 @@ def load_texts(data_args: DataArguments, args: SFTConfig, tokenizer: Any, *, has
     source = data_args.dataset_name
     with PartialState().main_process_first():  # the others find it in the cache
         if Path(source).is_dir():
-            files = {split: str(Path(source) / f"{split}.jsonl") for split in data_args.splits.split(",")}
+            files = {split: str(Path(source) / f"{split}.jsonl") for split in splits_of(data_args)}
             data = load_dataset("json", data_files=files)
         else:
-            data = DatasetDict({split: load_dataset(source, split=split) for split in data_args.splits.split(",")})
+            data = DatasetDict({split: load_dataset(source, split=split) for split in splits_of(data_args)})
         columns = next(iter(data.values())).column_names
         return data.map(tokenise, remove_columns=columns, desc="tokenising")
 

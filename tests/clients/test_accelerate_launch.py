@@ -16,7 +16,7 @@ import yaml
 from tests.clients.clients_common import ROOT, fresh_environment, tiny_llama
 from tests.clients.launched import rows
 
-pytestmark = pytest.mark.clients
+pytestmark = [pytest.mark.clients, pytest.mark.launches]
 pytest.importorskip("accelerate", reason="needs accelerate (the hf extra)")
 pytest.importorskip("transformers", reason="needs transformers (the hf extra)")
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import io
 import json
 import math
 import os
@@ -89,6 +91,7 @@ def check_effects(output: Path, printed: str) -> None:
     assert decays == [1e-4, 0.0]  # none for what has one dim
 
 
+@pytest.mark.launches
 def test_lora_learns_and_goes_on_from_a_checkpoint(assets: Path, tmp_path: Path) -> None:
     whole, printed = sft("run_lora.sh", assets, tmp_path, "--save_strategy", "steps", "--save_steps", "3")
     assert len(whole) == 6
@@ -100,6 +103,7 @@ def test_lora_learns_and_goes_on_from_a_checkpoint(assets: Path, tmp_path: Path)
     assert resumed == whole
 
 
+@pytest.mark.launches
 def test_qlora_learns(assets: Path, tmp_path: Path) -> None:
     losses, _ = sft("run_qlora.sh", assets, tmp_path)
     assert losses[-1] < losses[0] - 0.15, f"the loss did not fall: {losses}"
@@ -156,6 +160,28 @@ def test_every_flag_is_taken_in_both_spellings(run_ranks) -> None:
     run_ranks(parse_in_both_spellings, 1, timeout_s=120.0)
 
 
+def refusal_of(flags: list[str]) -> str:
+    printed = io.StringIO()
+    with contextlib.redirect_stderr(printed), fresh_clients(is_sharded=False):
+        try:
+            sft_module().parse(["--model_name_or_path", "m", "--dataset_name", "d", "--output_dir", "o", *flags])
+        except SystemExit as stop:
+            return f"{printed.getvalue()}{stop}"
+    return "taken"
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--splits", "train"], "--splits train: expected two"),
+        (["--bnb_4bit_compute_dtype", "bf16"], r"invalid choice: 'bf16' \(choose from '?float16'?, '?bfloat16"),
+        (["--chat_template_format=llama"], r"invalid choice: 'llama' \(choose from '?chatml"),
+    ],
+)
+def test_a_wrong_flag_is_told_what_is_right(run_ranks, flags: list[str], said: str) -> None:
+    assert re.search(said, run_ranks(refusal_of, 1, flags)[0])
+
+
 class Letters:
     """A tokenizer with a token a letter, marks around a text, and a chat template that joins what is said."""
 
@@ -193,6 +219,7 @@ def test_flags_about_texts_have_their_effects(run_ranks, tmp_path: Path) -> None
     run_ranks(read_texts, 1, str(tmp_path), timeout_s=120.0)
 
 
+@pytest.mark.launches
 def test_seq2seq_is_right_about_all_it_was_trained_on(assets: Path, tmp_path: Path) -> None:
     launch = "accelerate launch --config_file examples/seq2seq/zero3_offload.yaml examples/seq2seq/train.py"
     options = ["--model_name_or_path", assets / "seq2seq_lm", "--dataset", assets / "complaints"]

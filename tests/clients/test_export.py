@@ -12,6 +12,7 @@ from craken import cli
 from tests.clients.clients_common import tiny_config, tiny_llama
 
 transformers = pytest.importorskip("transformers", reason="needs transformers (the hf extra)")
+pytestmark = pytest.mark.clients
 
 TOKENS = torch.arange(16).view(2, 8)
 SIZES = {"hidden_size": 64, "intermediate_size": 128}

@@ -15,6 +15,7 @@ from tests.parity.side_by_side import value
 
 pytest.importorskip("transformers", reason="needs transformers (the hf extra)")
 pytest.importorskip("deepspeed", reason="needs the drop-in")
+pytestmark = pytest.mark.clients
 
 
 def zero3_config() -> dict[str, Any]:

@@ -14,6 +14,7 @@ from tests.clients.clients_common import ROOT, fresh_environment
 
 
 @pytest.mark.clients
+@pytest.mark.launches
 @pytest.mark.skipif(shutil.which("make") is None, reason="no make on this machine")
 def test_the_recipe_trains_by_accelerate_launch_with_both_files(tmp_path: Path) -> None:
     flags = f"FLAGS=--steps 2 --eval-every 2 --cache {tmp_path / 'cache'} --output {tmp_path / 'out'}"
