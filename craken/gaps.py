@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any, NoReturn
 
 
-class GapError(NotImplementedError, AttributeError):
-    """A name that craken does not have yet; `hasattr` says that it is missing."""
+class GapError(NotImplementedError, ImportError):
+    """A name that craken does not have yet. Of an AttributeError, `from deepspeed import NAME` would drop the text."""
 
 
 _PARALLEL = "only data parallelism works yet; leave {} out"
