@@ -9,11 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import settings
 
 from tests.pool import Pool, new_pool
 
 # ranks run one thread each; plain PyTorch beside them must add up in the same order
 torch.set_num_threads(1)
+settings.register_profile("craken", deadline=None)  # a busy machine is no fault of what is tested
+settings.load_profile("craken")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import contextlib
+import inspect
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -66,10 +68,26 @@ def check_buildable(config: Config, *, has_optimizer: bool, has_scheduler: bool)
     """
     if has_optimizer or config.optimizer is None:
         return
-    optimizer = build_optimizer(config.optimizer.type, config.optimizer.params, [nn.Parameter(torch.zeros(2, 2))])
+    with _no_compiler():
+        optimizer = build_optimizer(config.optimizer.type, config.optimizer.params, [nn.Parameter(torch.zeros(2, 2))])
     param_layouts(optimizer)
     if config.scheduler is not None and not has_scheduler:
         build_scheduler(config.scheduler.type, config.scheduler.params, optimizer)
+
+
+@contextlib.contextmanager
+def _no_compiler() -> Iterator[None]:
+    """Let optimizers be made without `torch._dynamo`, which takes 2 s to import and is there for their steps.
+
+    torch's decorator of `add_param_group` imports it. A check alone needs none; and ranks that go on to build the real
+    one import it side by side, where the first, which checks on behalf of all, would have the others wait for it.
+    """
+    given = Optimizer.add_param_group
+    Optimizer.add_param_group = inspect.unwrap(given)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        Optimizer.add_param_group = given  # type: ignore[method-assign]
 
 
 def cuts_of(optimizer: Optimizer) -> dict[int, Cut]:

@@ -123,13 +123,18 @@ def command(*argv: str) -> tuple[int, str]:
 
 
 @pytest.mark.parametrize("number", [1, 3])
-def test_the_configuration_files_that_are_shipped_train(run_ranks, tmp_path, number) -> None:
+def test_a_launchers_ranks_are_used_as_they_are_and_the_shipped_configurations_train(
+    run_ranks, tmp_path, number
+) -> None:
     (tmp_path / "text.py").write_text(TEXT, "utf-8")
     file = Path(__file__).resolve().parents[2] / "configs" / f"ds_zero{number}_config.json"
     paths = ["--data", str(tmp_path / "text.py"), "--config", str(file), "--output", str(tmp_path / "out")]
-    flags = ["--model", "tiny", "--seq-len", "32", "--steps", "2", "--eval-every", "2"]
-    code, shown = run_ranks(command, 2, *flags, *paths, joins_world=False)[0]
+    flags = ["--model", "tiny", "--seq-len", "32", "--steps", "2", "--eval-every", "2", "--minutes", "9"]
+    (code, shown), other = run_ranks(command, 2, *flags, *paths, joins_world=False)
     assert code == 0
+    assert other == (0, "")
     assert f"ZeRO stage {number}" in " ".join(shown.split()) or f"ZeRO-{number}" in shown
+    assert shown.count("done: 2 steps") == 1
+    assert json.loads((tmp_path / "out" / "flags.json").read_text())["ranks"] == 2
     rows = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text("utf-8").splitlines()]
     assert [row["step"] for row in rows if "loss" in row] == [1, 2]

@@ -8,6 +8,7 @@ sum of 16-bit gradients is rounded, and a master that lands on the other side of
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 
 import pytest
@@ -28,6 +29,12 @@ def plain(case: Case) -> Run:
     return train_on_concatenated_batch(case) if case.dtype == "fp32" else train_rank_by_rank(case)
 
 
+@pytest.fixture(scope="module")
+def train_all_stages(run_ranks) -> Callable[[Case], list[dict[int, Run]]]:
+    """Return `train(case) -> rank -> stage -> its run`; a case that several tests look at is trained once."""
+    return cache(lambda case: run_ranks(train_stages, case.world_size, case, STAGES))
+
+
 def mean_losses(runs: list[Run]) -> torch.Tensor:
     """Return the mean over ranks of each step's loss: [steps]."""
     return torch.tensor([run.losses for run in runs], dtype=torch.float64).mean(0)
@@ -43,10 +50,10 @@ def assert_ranks_agree(runs: list[Run]) -> None:
 @pytest.mark.parametrize("accumulation", [1, 4])
 @pytest.mark.parametrize("world_size", [2, 4])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
-def test_every_stage_has_the_losses_of_plain_pytorch(run_ranks, dtype, world_size, accumulation, clip) -> None:
+def test_every_stage_has_the_losses_of_plain_pytorch(train_all_stages, dtype, world_size, accumulation, clip) -> None:
     case = Case(dtype, world_size, accumulation, clip, loss_scale=SCALE[dtype])
     expected = plain(case)
-    by_rank = run_ranks(train_stages, world_size, case, STAGES)
+    by_rank = train_all_stages(case)
     for stage in STAGES:
         runs = [results[stage] for results in by_rank]
         losses = mean_losses(runs)
@@ -63,18 +70,18 @@ def test_every_stage_has_the_losses_of_plain_pytorch(run_ranks, dtype, world_siz
 
 @pytest.mark.parametrize("clip", [0.0, 1e6], ids=["unclipped", "clip that does not bind"])
 @pytest.mark.parametrize("has_tied_head", [False, True])
-def test_all_stages_equal_plain_pytorch_to_the_bit_at_accumulation_1(run_ranks, has_tied_head, clip) -> None:
+def test_all_stages_equal_plain_pytorch_to_the_bit_at_accumulation_1(train_all_stages, has_tied_head, clip) -> None:
     case = Case(clip=clip, traits=Traits(has_tied_head=has_tied_head))
-    assert_bit_equal(run_ranks(train_stages, 2, case, STAGES), train_rank_by_rank(case), STAGES)
+    assert_bit_equal(train_all_stages(case), train_rank_by_rank(case), STAGES)
 
 
-def test_stages_0_and_1_equal_plain_pytorch_to_the_bit_at_accumulation_4(run_ranks) -> None:
+def test_stages_0_and_1_equal_plain_pytorch_to_the_bit_at_accumulation_4(train_all_stages) -> None:
     case = Case(accumulation=4)
-    assert_bit_equal(run_ranks(train_stages, 2, case, [0, 1]), train_rank_by_rank(case), [0, 1])
+    assert_bit_equal(train_all_stages(case), train_rank_by_rank(case), [0, 1])
 
 
-def test_stages_2_and_3_are_equal_to_the_bit_at_accumulation_4(run_ranks) -> None:
-    for results in run_ranks(train_stages, 2, Case(accumulation=4), [2, 3]):
+def test_stages_2_and_3_are_equal_to_the_bit_at_accumulation_4(train_all_stages) -> None:
+    for results in train_all_stages(Case(accumulation=4)):
         assert results[2].losses == results[3].losses
         for name, weight in results[2].weights.items():
             assert torch.equal(results[3].weights[name], weight), f"{name} is not bit-equal"
@@ -91,8 +98,8 @@ def assert_bit_equal(by_rank: list[dict[int, Run]], expected: Run, stages: list[
         )
 
 
-def test_a_second_run_repeats_the_first_to_the_bit(run_ranks) -> None:
+def test_a_second_run_repeats_the_first_to_the_bit(run_ranks, train_all_stages) -> None:
     case = Case("bf16", accumulation=4, clip=0.5)
-    first, second = (run_ranks(train_stages, 2, case, [2])[0][2] for _ in range(2))
+    first, second = train_all_stages(case)[0][2], run_ranks(train_stages, 2, case, [2])[0][2]
     assert first.losses == second.losses
     assert all(torch.equal(weight, second.weights[name]) for name, weight in first.weights.items())

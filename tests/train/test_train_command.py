@@ -1,4 +1,8 @@
-"""`craken train` as a user runs it: real processes, two ranks, a tiny model, text in a folder."""
+"""`craken train` as a user runs it: a tiny model, two ranks, text in a folder.
+
+Runs that are begun and stopped by signals are real processes, which take ten seconds, most of them to import torch.
+Others prepare in the test's process, and what they would start ends up on the ranks of the pool.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +16,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+from craken.train import command
+from tests.dist.test_train_resume import command as run_as_rank
 
 STEPS = 12
 BASE = ["--model", "tiny", "--seq-len", "32", "--steps", str(STEPS), "--eval-every", "4", "--save-every", "5"]
@@ -35,6 +42,30 @@ def _command(*argv: str) -> list[str]:
 
 def _run(place: Path, *argv: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(_command(*argv), cwd=place, capture_output=True, text=True, timeout=300, check=False)
+
+
+@pytest.fixture
+def run_on_pool(run_ranks, monkeypatch) -> Callable[..., str]:
+    """Return `run(*argv) -> what it showed`: the command to its end, its ranks in the pool; paths are absolute."""
+    started: list[tuple[list[str], int]] = []
+
+    def launch_local(words: list[str], num_ranks: int, **_: object) -> int:
+        started.append((words, num_ranks))
+        return 0
+
+    def run(*argv: str) -> str:
+        assert command.main(list(argv)) == 0
+        words, num_ranks = started.pop()
+        assert words[:3] == _command()
+        assert num_ranks == 2
+        (code, shown), other = run_ranks(run_as_rank, 2, *words[3:], joins_world=False)
+        assert code == 0
+        assert other == (0, "")  # the first rank alone speaks
+        return shown
+
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setattr(command, "launch_local", launch_local)
+    return run
 
 
 def _rows(run: Path) -> list[dict]:
@@ -75,18 +106,17 @@ def test_the_bytes_of_a_step_are_those_of_zero_2(whole) -> None:
     assert _rows(whole)[3]["sent_bytes"] == pytest.approx(expected, rel=0.01)
 
 
-def test_weights_kept_as_shards_give_the_same_curve_and_a_model_to_load(place, whole) -> None:
+def test_weights_kept_as_shards_give_the_same_curve_and_a_model_to_load(run_on_pool, place, whole) -> None:
     from transformers import AutoModelForCausalLM
 
-    result = _run(place, *BASE, "--zero", "3", "--data", "text", "--output", "shards")
-    assert result.returncode == 0, result.stderr
-    curves = [[row[1] for row in _curve(place / run) if row[1] is not None] for run in ("whole", "shards")]
+    shards = place / "shards"
+    run_on_pool(*BASE, "--zero", "3", "--data", str(place / "text"), "--output", str(shards))
+    curves = [[row[1] for row in _curve(run) if row[1] is not None] for run in (whole, shards)]
     assert curves[1] == pytest.approx(curves[0], rel=1e-3)
-    models = [AutoModelForCausalLM.from_pretrained(place / run / "model") for run in ("whole", "shards")]
+    models = [AutoModelForCausalLM.from_pretrained(run / "model") for run in (whole, shards)]
     for (name, one), other in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
         assert one.shape == other.shape, name
-    again = _run(place, "--resume", "shards", "--steps", str(STEPS + 2))
-    assert again.returncode == 0, again.stderr
+    assert f"going on after step {STEPS}" in run_on_pool("--resume", str(shards), "--steps", str(STEPS + 2))
     assert len(list((place / ".craken_cache").glob("*/meta.json"))) == 1, "the text was tokenised anew"
 
 
@@ -168,9 +198,11 @@ def test_ctrl_c_saves_and_resuming_continues_the_same_curve_to_the_bit(place, wh
     assert _curve(place / "stopped") == _curve(whole)
 
 
-def test_sigterm_saves_and_exits_0_and_the_same_command_goes_on_from_the_newest_whole_checkpoint(place, whole) -> None:
+def test_sigterm_saves_and_exits_0_and_the_same_command_goes_on_from_the_newest_whole_checkpoint(
+    run_on_pool, place, whole
+) -> None:
     run = place / "taken"
-    argv = [*BASE, "--data", "text", "--output", "taken", "--resume", "auto"]
+    argv = [*BASE, "--data", str(place / "text"), "--output", str(run), "--resume", "auto"]
 
     def begin_and_stop(until: Callable[[subprocess.Popen[str]], None]) -> str:
         process = subprocess.Popen(
@@ -186,10 +218,10 @@ def test_sigterm_saves_and_exits_0_and_the_same_command_goes_on_from_the_newest_
 
     shown = begin_and_stop(lambda process: _wait_for(run, process))  # ranks are importing torch
     assert "stopped by SIGTERM before step 1: nothing was done yet. Go on with:" in shown
-    assert "--resume auto --output taken" in shown
+    assert f"--resume auto --output {run}" in shown
     # a checkpoint of step 5 is there after 7 lines; they count validations too
     shown = begin_and_stop(lambda process: _wait_for_step(run, process, 7))
-    assert f"no checkpoint in taken{os.sep}checkpoints: beginning" in shown
+    assert f"no checkpoint in {run}{os.sep}checkpoints: beginning" in shown
     last = _rows(run)[-1]["step"]
     assert 5 < last < STEPS
     assert f"stopped by SIGTERM after step {last} of {STEPS}; checkpoint saved" in shown
@@ -200,35 +232,19 @@ def test_sigterm_saves_and_exits_0_and_the_same_command_goes_on_from_the_newest_
     content[len(content) // 2] ^= 1
     damaged.write_bytes(content)
 
-    again = _run(place, *argv)
-    assert again.returncode == 0, again.stderr
-    assert f"passing over the damaged checkpoint step{last}: " in again.stdout
-    assert "rank-00001.safetensors" in again.stdout
-    assert "going on after step 5" in again.stdout
+    shown = run_on_pool(*argv)
+    assert f"passing over the damaged checkpoint step{last}: " in shown
+    assert "rank-00001.safetensors" in shown
+    assert "going on after step 5" in shown
     assert _curve(run) == _curve(whole)
     assert {path.name for path in (run / "checkpoints").iterdir()} == {"step10", "step12", *beside}
 
 
-def test_a_launchers_ranks_are_used_as_they_are(place) -> None:
-    code = (
-        "import sys; from craken.launch import launch_local; "
-        "sys.exit(launch_local([sys.executable, '-m', 'craken.train', *sys.argv[1:]], 2))"
-    )
-    argv = [*BASE, "--steps", "2", "--zero", "1", "--data", "text", "--output", "launched", "--minutes", "9"]
-    result = subprocess.run(
-        [sys.executable, "-c", code, *argv], cwd=place, capture_output=True, text=True, timeout=300, check=False
-    )
-    assert result.returncode == 0, result.stderr
-    assert json.loads((place / "launched" / "flags.json").read_text())["ranks"] == 2
-    assert result.stdout.count("done: 2 steps") == 1
-
-
-def test_a_configuration_file_that_is_shipped_trains(place) -> None:  # the others: tests/dist/test_train_resume.py
+def test_a_configuration_file_that_is_shipped_trains(run_on_pool, place) -> None:  # others: tests/dist
     file = Path(__file__).resolve().parents[2] / "configs" / "ds_zero2_config.json"
-    argv = ["--config", str(file), "--steps", "2", "--data", "text", "--output", "file2", "--eval-every", "2"]
-    result = _run(place, "--model", "tiny", "--seq-len", "32", *argv)
-    assert result.returncode == 0, result.stderr
-    assert "ZeRO stage 2" in " ".join(result.stdout.split()) or "ZeRO-2" in result.stdout
+    argv = ["--config", str(file), "--steps", "2", "--data", str(place / "text"), "--eval-every", "2"]
+    shown = run_on_pool("--model", "tiny", "--seq-len", "32", *argv, "--output", str(place / "file2"))
+    assert "ZeRO stage 2" in " ".join(shown.split()) or "ZeRO-2" in shown
     assert [row["step"] for row in _rows(place / "file2") if "loss" in row] == [1, 2]
 
 
@@ -253,8 +269,6 @@ MISTAKES = [
 def test_a_mistake_ends_before_any_rank_starts_with_one_line_and_code_2(
     place, monkeypatch, capsys, argv, words
 ) -> None:
-    from craken.train import command
-
     monkeypatch.chdir(place)
     monkeypatch.delenv("RANK", raising=False)
     monkeypatch.setattr(command, "launch_local", lambda *_, **__: pytest.fail("ranks were started"))

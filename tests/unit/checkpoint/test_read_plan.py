@@ -13,7 +13,7 @@ from craken.checkpoint.index import PieceRecord, TensorRecord
 from craken.checkpoint.read_plan import plan_reads
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     numel=st.integers(1, 90),
     cuts=st.sets(st.integers(1, 89), max_size=4),

@@ -32,7 +32,7 @@ def test_odd_sizes_come_back_at_odd_offsets(swap: Swap, num_bytes: int, offset: 
     assert torch.equal(into, source)
 
 
-@settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_writes_leave_their_neighbours_alone(swap: Swap, data: st.DataObject) -> None:
     """Against a plain tensor: writes of any shape from memory of any alignment, then the whole file read."""
