@@ -23,7 +23,7 @@ from torch import nn
 
 from tests.parity import heap
 
-WIDTH, SMALL, LARGE = 512, 8, 24  # layers of 262,144 parameters; buckets of two layers
+WIDTH, SMALL, LARGE = 512, 16, 40  # layers of 262,144 parameters; buckets of two layers
 
 pytestmark = pytest.mark.skipif(not heap.can_count(), reason="needs glibc's mallinfo2")
 
