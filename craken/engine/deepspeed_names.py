@@ -134,6 +134,20 @@ class DeepSpeedEngine(Engine):
             state = {name: value for name, value in state.items() if name not in frozen}
         return state
 
+    def compile(  # type: ignore[override]
+        self, backend: Any = "inductor", compile_kwargs: dict[str, Any] | None = None, **options: Any
+    ) -> None:
+        """Compile the module in place, at its next forward; what else `torch.compile` takes is in either mapping.
+
+        The names in its state dict stay. Where weights come and go, a graph ends at each unit: `fullgraph` raises.
+        """
+        self.module.compile(backend=backend, **(compile_kwargs or {}), **options)
+
+    @property
+    def is_compiled(self) -> bool:
+        """Say whether the module as a whole was compiled in place."""
+        return self.module._compiled_call_impl is not None
+
     def save_checkpoint(
         self,
         save_dir: str | os.PathLike[str],

@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 from weakref import WeakMethod
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.utils.hooks import RemovableHandle
@@ -77,9 +78,15 @@ def watch_loading(module: nn.Module, loaded: Callable[[], None]) -> RemovableHan
     return handle
 
 
+def not_compiled(hook: Callable[..., Any]) -> Callable[..., Any]:
+    """Have a compiled model call `hook` as it is, between what is compiled: weights come and go at every run."""
+    leave_alone: Callable[[Callable[..., Any]], Callable[..., Any]] = torch.compiler.disable
+    return leave_alone(hook)
+
+
 def watch_start(module: nn.Module, starts: Callable[[], object]) -> RemovableHandle:
     """Have `starts` called before each forward of `module`, once the weights of its own are there."""
-    return module.register_forward_pre_hook(partial(_call, starts))
+    return module.register_forward_pre_hook(not_compiled(partial(_call, starts)))
 
 
 def _call(starts: Callable[[], object], module: nn.Module, inputs: tuple[Any, ...]) -> None:
@@ -95,9 +102,11 @@ def watch_units(units: Sequence[Unit], lifecycle: Lifecycle) -> list[RemovableHa
 
 
 def _watch_unit(unit: Unit, lifecycle: Lifecycle) -> list[RemovableHandle]:
+    @not_compiled
     def before(module: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return lifecycle.before_forward(unit, inputs, kwargs) if module is unit.module else None  # no copy of it
 
+    @not_compiled
     def after(module: nn.Module, inputs: tuple[Any, ...], outputs: Any) -> Any:
         return lifecycle.after_forward(unit, outputs) if module is unit.module else None
 
@@ -166,6 +175,7 @@ def watch_reads(model: nn.Module, groups: Sequence[ShardGroup], lifecycle: Lifec
     """
     group_of = {id(param): group for group in groups for param in group.params}
 
+    @not_compiled
     def was_read(param: Any) -> None:
         group = group_of.get(id(param))
         if group is not None and lifecycle.is_running():
