@@ -122,35 +122,3 @@ def test_an_adapter_is_resumed_and_saved(run_ranks, tmp_path: Path, stage: int) 
     assert resumed == whole
     loaded = peft.PeftModel.from_pretrained(trl_runs.model(), tmp_path / "adapter").eval()
     torch.testing.assert_close(logits_of(loaded), logits, rtol=0, atol=1e-6)
-
-
-# --- callbacks --------------------------------------------------------------------------------------------------------
-
-
-def average_weights(folder: str, stage: int | None) -> None:
-    """Train with TRL's average of the weights, which it saves in `folder/bema`."""
-    from trl import BEMACallback, SFTConfig, SFTTrainer
-
-    with trl_runs.fresh_clients(stage) as arguments:
-        args = SFTConfig(**settings(folder, gradient_checkpointing=False, max_length=64, **arguments))
-        trainer = SFTTrainer(
-            model=trl_runs.model(),
-            args=args,
-            train_dataset=texts(),
-            processing_class=trl_runs.tokenizer(),
-            callbacks=[BEMACallback(update_freq=1)],
-        )
-        trainer.train()
-
-
-def test_an_average_of_the_weights_is_that_of_plain_pytorch(run_ranks, tmp_path: Path) -> None:
-    """At stage 3 torch refuses what the callback copies outside of forwards: weights that are shards."""
-    from safetensors.torch import load_file
-
-    averages = []
-    for stage in (None, 2):
-        run_ranks(average_weights, 2, str(tmp_path / str(stage)), stage, timeout_s=120.0)
-        averages.append(load_file(tmp_path / str(stage) / "bema" / "model.safetensors"))
-    assert averages[0].keys() == averages[1].keys()
-    for name, average in averages[0].items():
-        torch.testing.assert_close(averages[1][name], average, rtol=0, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
