@@ -134,9 +134,7 @@ class DeepSpeedEngine(Engine):
             state = {name: value for name, value in state.items() if name not in frozen}
         return state
 
-    def compile(  # type: ignore[override]
-        self, backend: Any = "inductor", compile_kwargs: dict[str, Any] | None = None, **options: Any
-    ) -> None:
+    def compile(self, backend: Any = "inductor", compile_kwargs: dict[str, Any] | None = None, **options: Any) -> None:
         """Compile the module in place, at its next forward; what else `torch.compile` takes is in either mapping.
 
         The names in its state dict stay. Where weights come and go, a graph ends at each unit: `fullgraph` raises.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -109,6 +110,7 @@ def main() -> None:
     if model_args.use_peft_lora:
         trainer.model.print_trainable_parameters()
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    note(f"weights that rank 0 keeps between steps, in KiB: {kept_weights(trainer.model)}")
     trainer.save_model()
 
 
@@ -157,6 +159,17 @@ def splits_of(data_args: DataArguments) -> list[str]:
             f"--splits {data_args.splits}: expected two names, as in train,test: to train on, to evaluate on"
         )
     return splits
+
+
+def kept_weights(model: Any) -> str:
+    """Return how much of its weights a rank keeps, by kind and dtype; under ZeRO-3 the large ones are shares."""
+    kept, whole = Counter(), Counter()
+    for param in model.parameters():
+        kind = f"{type(param).__name__} {str(param.dtype).removeprefix('torch.')}"
+        is_sharded = hasattr(param, "ds_tensor") and param.numel() == 0
+        kept[kind] += param.ds_tensor.nbytes if is_sharded else param.nbytes
+        whole[kind] += getattr(param, "ds_numel", param.numel()) * param.element_size()
+    return ", ".join(f"{kind} {kept[kind] / 1024:.1f} of {whole[kind] / 1024:.1f}" for kind in sorted(whole))
 
 
 def note(text: str) -> None:

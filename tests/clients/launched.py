@@ -43,6 +43,7 @@ def main(folder: Path, output: Path) -> None:
     except ValueError as error:
         facts["saved"] = str(error)
     if accelerator.is_main_process:
+        shards = [param.ds_tensor for param in model.parameters() if param.numel() == 0]  # small ones stay whole
         facts |= {
             "losses": losses,
             "engine": f"{type(model).__module__}.{type(model).__name__}",
@@ -55,6 +56,9 @@ def main(folder: Path, output: Path) -> None:
             "dtypes": sorted({str(param.dtype) for param in model.parameters()}),
             "optimizer": type(optimizer.optimizer.optimizer).__name__,
             "held": model.memory_ledger(),
+            "offload_param": model.config["zero_optimization"]["offload_param"]["device"],
+            "shards_on": sorted({shard.device.type for shard in shards}),
+            "shard_bytes": sum(shard.nbytes for shard in shards),
         }
         output.write_text(json.dumps(facts))
     accelerator.end_training()

@@ -49,28 +49,38 @@ same_network: true
 use_cpu: false
 """
 
+USUAL = {"Which type of machine": "multi-GPU", "use DeepSpeed": "yes", "How many GPU": "2"}
 ANSWERS = {  # by a part of the question; Enter to all others
-    "Which type of machine": "multi-GPU",
-    "use DeepSpeed": "yes",
-    "optimization stage": 2,
-    "offload optimizer states": "nvme",
-    "Nvme Path to offload optimizer": "unused",
-    "gradient accumulation steps": "2",
-    "want to use gradient clipping": "yes",
-    "gradient clipping value": "0.5",
-    "How many GPU": "2",
-    "mixed precision": "fp16",
+    "states in files": {
+        **USUAL,
+        "optimization stage": 2,
+        "Where to offload optimizer states": "nvme",
+        "Nvme Path to offload optimizer": "unused",
+        "gradient accumulation steps": "2",
+        "want to use gradient clipping": "yes",
+        "gradient clipping value": "0.5",
+        "mixed precision": "fp16",
+    },
+    "weights in files": {
+        **USUAL,
+        "optimization stage": 3,
+        "Where to offload parameters": "nvme",
+        "Nvme Path to offload parameters": "unused",
+        "gradient accumulation steps": "4",
+        "save 16-bit model weights": "yes",
+        "enable `deepspeed.zero.Init`": "yes",
+    },
 }
 
 
-def write_config(path: str) -> list[str]:
+def write_config(path: str, answers: dict[str, Any]) -> list[str]:
     """Answer `accelerate config`'s questions; returns the answers that no question asked for."""
     import builtins
 
     from accelerate.commands.config.config import config_command, config_command_parser
     from accelerate.commands.menu import BulletMenu
 
-    unused = dict(ANSWERS)
+    unused = dict(answers)
 
     def answer(prompt: str) -> Any:
         key = next((key for key in unused if key.lower() in prompt.lower()), None)
@@ -90,8 +100,10 @@ def write_config(path: str) -> list[str]:
     return list(unused)
 
 
-def save_model(folder: str) -> None:
-    tiny_llama().save_pretrained(folder)
+def save_model(folder: str, config: dict[str, Any]) -> None:
+    """Save a model; where weights are to leave the device, with embeddings that are too large to stay whole there."""
+    leaves = config["deepspeed_config"].get("offload_param_device", "none") != "none"
+    tiny_llama(vocab_size=4096 if leaves else 64).save_pretrained(folder)
 
 
 class Plain(NamedTuple):
@@ -148,9 +160,18 @@ def check_effects(config: dict[str, Any], seen: dict[str, Any], expected: Plain)
     assert (seen["loss_scale"] > 1) == (dtype == "float16")
     offloaded = wanted.get("offload_optimizer_device", "none")
     assert seen["optimizer"] == ("AdamW" if offloaded == "none" else "DeepSpeedCPUAdam")
-    assert (seen["held"]["nvme"] > 0) == (offloaded == "nvme")
+    check_where_weights_rest(wanted.get("offload_param_device", "none"), offloaded, seen)
     atol = 1e-5 if dtype == "float32" else 0.03
     torch.testing.assert_close(seen["losses"], expected.losses, rtol=0, atol=atol)
+
+
+def check_where_weights_rest(device: str, states_device: str, seen: dict[str, Any]) -> None:
+    """Files hold this rank's share of the weights that leave the device, unless they hold states, too."""
+    assert seen["offload_param"] == device
+    in_files = seen["held"]["nvme"]
+    assert seen["shards_on"] == ([] if device == "none" else ["cpu"])
+    assert (seen["shard_bytes"] > 0) == (device != "none")
+    assert in_files > 0 if states_device == "nvme" else in_files == (seen["shard_bytes"] if device == "nvme" else 0)
 
 
 EXACT = (
@@ -158,11 +179,18 @@ EXACT = (
     .replace("model: true", "model: false")
     .replace("init_flag: true", "init_flag: false")  # accelerate reads this word and then does not ask for it
 )
+ZERO0 = (
+    (ROOT / "configs" / "accelerate_zero1.yaml")
+    .read_text()
+    .replace("zero_stage: 1", "zero_stage: 0")
+    .replace("mixed_precision: bf16", "mixed_precision: 'no'")
+)
 FILES: dict[str, tuple[Callable[[], str], int]] = {
     "LoRA": (lambda: LORA, 2),
     "QLoRA": (lambda: QLORA, 2),
     "seq2seq": (lambda: SEQ2SEQ, 1),
     "LoRA in fp32": (lambda: EXACT, 2),
+    "zero0": (lambda: ZERO0, 2),
     "zero1": (lambda: (ROOT / "configs" / "accelerate_zero1.yaml").read_text(), 2),
     "zero2": (lambda: (ROOT / "configs" / "accelerate_zero2.yaml").read_text(), 2),
     "zero3": (lambda: (ROOT / "configs" / "accelerate_zero3.yaml").read_text(), 2),
@@ -173,20 +201,23 @@ FILES: dict[str, tuple[Callable[[], str], int]] = {
 def test_a_file_that_users_have_does_what_it_says(run_ranks, tmp_path: Path, name) -> None:
     text, num_ranks = FILES[name][0](), FILES[name][1]
     config = yaml.safe_load(text)
-    run_ranks(save_model, 1, str(tmp_path), joins_world=False)
+    run_ranks(save_model, 1, str(tmp_path), config, joins_world=False)
     wanted = config["deepspeed_config"]
     accumulation, clipping = wanted.get("gradient_accumulation_steps", 1), wanted.get("gradient_clipping", 1.0)
     expected = run_ranks(plain, 1, str(tmp_path), num_ranks, accumulation, clipping, joins_world=False)[0]
     check_effects(config, launch(text, num_ranks, tmp_path), expected)
 
 
-def test_a_file_that_accelerate_config_wrote_does_what_was_answered(run_ranks, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", list(ANSWERS))
+def test_a_file_that_accelerate_config_wrote_does_what_was_answered(run_ranks, tmp_path: Path, kind) -> None:
     written = tmp_path / "written.yaml"
-    assert run_ranks(write_config, 1, str(written), joins_world=False) == [[]]
+    assert run_ranks(write_config, 1, str(written), ANSWERS[kind], joins_world=False) == [[]]
     config = yaml.safe_load(written.read_text())
     assert config["distributed_type"] == "DEEPSPEED"
-    run_ranks(save_model, 1, str(tmp_path), joins_world=False)
-    expected = run_ranks(plain, 1, str(tmp_path), 2, 2, 0.5, joins_world=False)[0]
-    # accelerate asks for this path and then reads it from here alone
-    where = {"ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_NVME_PATH": str(tmp_path)}
-    check_effects(config, launch(written.read_text(), 2, tmp_path, **where), expected)
+    run_ranks(save_model, 1, str(tmp_path), config, joins_world=False)
+    wanted = config["deepspeed_config"]
+    accumulation, clipping = wanted["gradient_accumulation_steps"], wanted.get("gradient_clipping", 1.0)
+    expected = run_ranks(plain, 1, str(tmp_path), 2, accumulation, clipping, joins_world=False)[0]
+    # accelerate asks for a path and then reads it from here alone
+    names = ("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_NVME_PATH", "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_NVME_PATH")
+    check_effects(config, launch(written.read_text(), 2, tmp_path, **dict.fromkeys(names, str(tmp_path))), expected)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from tests.clients.clients_common import ROOT, fresh_clients, fresh_environment
 
@@ -46,9 +47,9 @@ def assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def sft(script: str, assets: Path, output: Path, *flags: str) -> tuple[list[float], str]:
+def sft(script: str, assets: Path, output: Path, *flags: str, **variables: str | Path) -> tuple[list[float], str]:
     """Run a script of `examples/sft`; returns the losses of its steps, and what it printed."""
-    variables = {"MODEL": assets / "causal_lm", "DATASET": assets / "chat", "OUTPUT": output, "PROCESSES": "2"}
+    variables |= {"MODEL": assets / "causal_lm", "DATASET": assets / "chat", "OUTPUT": output, "PROCESSES": "2"}
     printed = run([f"examples/sft/{script}", *SHORT.split(), "--logging_steps", "1", *flags], **variables)
     assert index_in(output)["shared_state"]["global_steps"] == 6, "it was not trained by an engine"
     return [entry["loss"] for entry in log_in(output) if "loss" in entry], printed
@@ -103,11 +104,35 @@ def test_lora_learns_and_goes_on_from_a_checkpoint(assets: Path, tmp_path: Path)
     assert resumed == whole
 
 
+def all_sharded(folder: Path) -> Path:
+    """Return the file of `run_qlora.sh` with what only a JSON can say to accelerate: no weight is small."""
+    examples = ROOT / "examples" / "sft"
+    assert "CONFIG:-$here/zero3_qlora.yaml" in (examples / "run_qlora.sh").read_text()
+    shipped = yaml.safe_load((examples / "zero3_qlora.yaml").read_text())
+    autos = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
+    config = {**dict.fromkeys(autos, "auto"), "bf16": {"enabled": "auto"}}
+    config["zero_optimization"] = {"stage": 3, "stage3_param_persistence_threshold": 0}
+    config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = True
+    (folder / "zero3.json").write_text(json.dumps(config))
+    del shipped["mixed_precision"]  # the JSON's
+    shipped["deepspeed_config"] = {"deepspeed_config_file": str(folder / "zero3.json"), "zero3_init_flag": True}
+    (folder / "zero3.yaml").write_text(yaml.safe_dump(shipped))
+    return folder / "zero3.yaml"
+
+
 @pytest.mark.launches
-def test_qlora_learns(assets: Path, tmp_path: Path) -> None:
-    losses, _ = sft("run_qlora.sh", assets, tmp_path)
+def test_qlora_learns_on_packed_weights_that_are_sharded(assets: Path, tmp_path: Path) -> None:
+    losses, printed = sft("run_qlora.sh", assets, tmp_path, CONFIG=all_sharded(tmp_path))
     assert losses[-1] < losses[0] - 0.15, f"the loss did not fall: {losses}"
     check_adapter(assets, tmp_path)
+    (told,) = re.findall(r"weights that rank 0 keeps between steps, in KiB: (.*)", printed)
+    found = re.findall(r"(\w+ \w+) ([\d.]+) of ([\d.]+)", told)
+    kinds = {kind: (float(kept), float(whole)) for kind, kept, whole in found}
+    assert kinds.keys() == {"Params4bit bfloat16", "Parameter bfloat16"}, "the model's dtype is that of packed weights"
+    packed_elements = 4 * (128 * (128 + 64 + 64 + 128) + 3 * 128 * 256)
+    assert kinds["Params4bit bfloat16"][1] == packed_elements / 2 / 1024, "half a byte an element"
+    for kept, whole in kinds.values():
+        assert kept == pytest.approx(whole / 2, rel=0.01)
 
 
 # --- flags ------------------------------------------------------------------------------------------------------------

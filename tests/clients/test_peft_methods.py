@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,8 @@ METHODS = ["lora", "dora", "modules_to_save", "adalora", "ia3", "prompt"]
 def losses_on_an_engine(model: Any, config: dict[str, Any], method: str) -> tuple[Any, list[float]]:
     import deepspeed
 
+    threshold = config["zero_optimization"].get("stage3_param_persistence_threshold", 100_000)
+
     optimizer = torch.optim.AdamW(trained(model), lr=LR)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     losses = []
@@ -39,7 +42,8 @@ def losses_on_an_engine(model: Any, config: dict[str, Any], method: str) -> tupl
         engine.step()
         if method == "adalora":
             # PEFT multiplies weights with gradients outside of a forward: weights must be whole
-            with deepspeed.zero.GatheredParameters(trained(model), modifier_rank=0):
+            block = deepspeed.zero.GatheredParameters(trained(model), modifier_rank=0)
+            with contextlib.nullcontext() if threshold else block:
                 model.update_and_allocate(step)
         losses.append(mean_over_ranks(loss))
     return engine, losses
@@ -84,6 +88,65 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.mark.parametrize("method", METHODS)
 def test_losses_are_those_of_plain_pytorch(run_ranks, base, method) -> None:
     run_ranks(train_at_all_stages, 2, method, base, timeout_s=150.0)
+
+
+def documented_adalora(folder: str) -> None:
+    """Train with PEFT's documented loop, which gathers nothing: above the threshold is the base, below are adapters."""
+    from transformers import AutoModelForCausalLM
+    from transformers.integrations import HfDeepSpeedConfig
+
+    twin = adapted("adalora")
+    expected = plain_losses(twin, NUM_STEPS, dist.get_world_size(), twin.update_and_allocate)
+    config = ds_config(3)
+    config["zero_optimization"]["stage3_param_persistence_threshold"] = 500  # 100,000 for models of a real size
+    alive = HfDeepSpeedConfig(config)
+    model = adapted("adalora", AutoModelForCausalLM.from_pretrained(folder))
+    engine, losses = losses_on_an_engine(model, config, "adalora")
+    assert losses == pytest.approx(expected, abs=1e-5)
+    assert masked_in(model) == masked_in(twin)
+    assert all(param.numel() > 0 for param in trained(model))
+    frozen = [param for name, param in model.named_parameters() if "proj.base_layer.weight" in name]
+    assert len(frozen) == 4
+    assert all(param.numel() == 0 for param in frozen), "the base is not sharded"
+    engine.destroy()
+    del alive
+
+
+def test_adalora_trains_by_its_documented_loop(run_ranks, base) -> None:
+    run_ranks(documented_adalora, 2, base, timeout_s=120.0)
+
+
+# --- adapters made of the weights -------------------------------------------------------------------------------------
+
+
+def made_of_weights(how: str, folder: str) -> None:
+    """LoRA's matrices come from the base, which is there as shards: PEFT gathers and writes it layer by layer."""
+    import peft
+    from transformers import AutoModelForCausalLM
+    from transformers.integrations import HfDeepSpeedConfig
+
+    def made(base: Any) -> Any:
+        lora = peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=how)
+        with torch.random.fork_rng():
+            torch.manual_seed(11)
+            return peft.get_peft_model(base, lora)
+
+    twin = made(AutoModelForCausalLM.from_pretrained(folder))
+    expected = plain_losses(twin, NUM_STEPS, dist.get_world_size())
+    alive = HfDeepSpeedConfig(ds_config(3))
+    model = made(AutoModelForCausalLM.from_pretrained(folder))
+    assert model.get_base_model().model.norm.weight.shape == (0,), "the base was not loaded as shards"
+    engine, losses = losses_on_an_engine(model, ds_config(3), "lora")
+    assert losses == pytest.approx(expected, abs=1e-5)
+    assert max(expected) - min(expected) > 1e-2
+    assert_shares_are_kept(model.parameters())
+    engine.destroy()
+    del alive
+
+
+@pytest.mark.parametrize("how", ["pissa", "olora", "orthogonal"])
+def test_adapters_are_made_of_sharded_weights(run_ranks, base, how) -> None:
+    run_ranks(made_of_weights, 2, how, base, timeout_s=120.0)
 
 
 # --- several adapters -------------------------------------------------------------------------------------------------
@@ -226,3 +289,34 @@ def test_a_saved_adapter_loads_back_equal(run_ranks, tmp_path: Path, method, sta
     if method != "adalora":  # which leaves rows out that it has masked
         assert all(torch.equal(found[name], value) for name, value in weights.items())
     torch.testing.assert_close(logits_of(loaded), logits, rtol=0, atol=1e-6)
+
+
+def load_onto_shards(folder: str, base: str, stage: int) -> None:
+    """Load an adapter onto a model that is built as shards, go on training it, and load it again beside itself."""
+    import peft
+    from transformers import AutoModelForCausalLM
+    from transformers.integrations import HfDeepSpeedConfig
+
+    def loaded() -> Any:
+        return peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder, is_trainable=True)
+
+    twin = loaded()
+    logits, expected = logits_of(twin), plain_losses(twin, NUM_STEPS, dist.get_world_size())
+    alive = HfDeepSpeedConfig(ds_config(stage))
+    model = loaded()
+    assert (model.get_base_model().model.norm.weight.numel() == 0) == (stage == 3)
+    engine, losses = losses_on_an_engine(model, ds_config(stage), "lora")
+    assert losses == pytest.approx(expected, abs=1e-5)
+    model.load_adapter(folder, "again")
+    model.set_adapter("again")
+    torch.testing.assert_close(logits_of(engine), logits, rtol=0, atol=1e-5)
+    model.set_adapter("default")
+    assert (logits_of(engine) - logits).abs().max() > 0.01
+    engine.destroy()
+    del alive
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_saved_adapter_is_loaded_onto_shards(run_ranks, base, tmp_path: Path, stage) -> None:
+    adapted("lora").save_pretrained(tmp_path)
+    run_ranks(load_onto_shards, 2, str(tmp_path), base, stage, timeout_s=120.0)

@@ -73,13 +73,17 @@ def train_a_cell(folder: str, bits: str, stage: int) -> None:
         check_cell(folder, bits, stage, dtype, furthest)
 
 
-def check_cell(folder: str, bits: str, stage: int, dtype: torch.dtype, furthest: float) -> None:
+def check_cell(
+    folder: str, bits: str, stage: int, dtype: torch.dtype, furthest: float, offload: dict[str, str] | None = None
+) -> None:
     import deepspeed
     from transformers.integrations import HfDeepSpeedConfig
 
     twin = quantised(folder, bits, dtype).to(device())
     expected = plain_losses(twin, NUM_STEPS, dist.get_world_size())
     config = ds_config(stage, bf16={"enabled": dtype is torch.bfloat16})
+    if offload is not None:
+        config["zero_optimization"] |= {"offload_param": offload, "offload_optimizer": offload}
     alive = HfDeepSpeedConfig(config)
     model = quantised(folder, bits, dtype)
     before = packed_bytes(model)
@@ -97,6 +101,13 @@ def check_cell(folder: str, bits: str, stage: int, dtype: torch.dtype, furthest:
     for name, packed in packed_bytes(model).items():
         assert torch.equal(packed, before[name]), f"{name} was cast or moved"
     check_kept_bytes(model, before, bits, stage)
+    in_files = engine.memory_ledger()["nvme"]
+    if offload is not None and offload["device"] == "nvme":
+        shards, states = (param.ds_tensor for param in model.parameters()), (p.ds_tensor for p in trained(model))
+        all_bytes = sum(shard.nbytes for shard in shards) + sum(2 * 4 * state.numel() for state in states)
+        assert in_files == pytest.approx(all_bytes, rel=0.01), "weights, and Adam's two states of LoRA's"
+    else:
+        assert in_files == 0
     check_merged(model, twin)
     engine.destroy()
     del alive
@@ -153,6 +164,14 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.mark.parametrize("bits", ["none", "8-bit", "4-bit"])
 def test_every_cell_trains_and_merges(run_ranks, base: str, bits: str, stage: int) -> None:
     run_ranks(train_a_cell, 2, base, bits, stage, timeout_s=150.0)
+
+
+@pytest.mark.parametrize("device", ["cpu", "nvme"])
+def test_packed_weights_train_and_merge_from_where_they_rest(run_ranks, base: str, tmp_path: Path, device: str) -> None:
+    """The losses are those without offload, of plain PyTorch; files hold the packed weights, not only the states."""
+    offload = {"device": device, "nvme_path": str(tmp_path)}
+    furthest = FURTHEST["4-bit"]
+    run_ranks(check_cell, 2, base, "4-bit", 3, torch.float32, furthest, offload, timeout_s=120.0)
 
 
 # --- resumed ----------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.clients.adapters import adapted
 from tests.clients.auto_configs import trainer_config
 from tests.clients.clients_common import TOKENS, Run, fresh_clients, logged, tiny_llama, token_rows, whole_weights
 from tests.clients.test_trainer_stages import arguments
@@ -68,7 +69,7 @@ def test_a_resumed_run_is_the_run_that_was_not_interrupted(run_ranks, tmp_path: 
     assert all(torch.equal(run.weights[name], weight) for name, weight in expected.weights.items())
 
 
-def best_at_end(folder: str, config: dict[str, Any]) -> None:
+def best_at_end(folder: str, config: dict[str, Any], has_adapters: bool) -> None:
     from transformers import Trainer
 
     with fresh_clients(is_sharded=True):
@@ -84,7 +85,8 @@ def best_at_end(folder: str, config: dict[str, Any]) -> None:
             greater_is_better=True,
         )
         seen: list[dict[str, torch.Tensor]] = []
-        model = tiny_llama()
+        model = adapted("lora") if has_adapters else tiny_llama()
+        trained = next(name for name, param in model.named_parameters() if param.requires_grad)
 
         def closeness(predictions: Any) -> dict[str, float]:
             seen.append(whole_weights(model))
@@ -97,12 +99,12 @@ def best_at_end(folder: str, config: dict[str, Any]) -> None:
         weights = whole_weights(model)
         assert len(seen) == 4
         assert all(torch.equal(weight, seen[2][name]) for name, weight in weights.items())
-        assert not torch.equal(seen[2]["lm_head.weight"], seen[3]["lm_head.weight"])
+        assert not torch.equal(seen[2][trained], seen[3][trained])
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
-def test_the_best_model_is_there_at_the_end(run_ranks, tmp_path: Path, stage) -> None:
-    run_ranks(best_at_end, 2, str(tmp_path), trainer_config(stage))
+@pytest.mark.parametrize(("stage", "has_adapters"), [(1, False), (2, False), (3, False), (3, True)])
+def test_the_best_model_is_there_at_the_end(run_ranks, tmp_path: Path, stage, has_adapters) -> None:
+    run_ranks(best_at_end, 2, str(tmp_path), trainer_config(stage), has_adapters)
 
 
 def train_and_save(folder: str, config: dict[str, Any], is_tied: bool) -> torch.Tensor:

@@ -40,7 +40,9 @@ class BuildSettings:
             return {}
         if self.folder is None:
             raise ValueError(
-                "zero.Init with parameters on 'nvme' needs a folder: write zero_optimization.offload_param.nvme_path"
+                "zero.Init: expected a folder for parameters on 'nvme', got none: write "
+                "zero_optimization.offload_param.nvme_path, or set ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_NVME_PATH for "
+                "accelerate launch, which drops the path of its own file"
             )
         return {"weights": DiskSettings(self.folder, IoSettings(), num_buffers=2, pins=self.pins)}
 

@@ -33,9 +33,28 @@ def test_every_flag_of_the_original_is_understood() -> None:
     assert _parse("-q").log_level == "error"
 
 
-def test_what_accelerate_writes_is_understood() -> None:
-    options = _parse("--hostfile", "None", "--node_rank", "0", "--no_ssh", "--num_gpus", "2", "--master_port", "29500")
-    assert (options.hostfile, options.no_ssh, options.node_rank) == ("None", True, 0)
+def _accelerates(launcher: str, *filters: str) -> list[str]:
+    """Return what accelerate 1.x runs on two machines of two processes; for "standard" it starts torch's own ranks."""
+    how = ["--node_rank", "1", "--no_ssh"] if launcher == "nossh" else ["--no_local_rank", "--launcher", launcher]
+    where = list(filters) or ["--num_gpus", "2"]
+    return ["--hostfile", "hosts", *how, *where, "--master_addr", "10.0.0.1", "--master_port", "29500"]
+
+
+@pytest.mark.parametrize("launcher", ["pdsh", "openmpi", "mpich", "slurm", "nossh"])
+def test_what_accelerate_writes_is_understood(launcher: str) -> None:
+    options = _parse(*_accelerates(launcher))
+    assert (options.hostfile, options.num_gpus) == ("hosts", 2)
+    assert (options.master_addr, options.master_port) == ("10.0.0.1", 29500)
+    assert (options.user_script, options.user_args) == ("train.py", ["--lr", "1"])
+    if launcher == "nossh":
+        assert (options.no_ssh, options.node_rank, options.launcher) == (True, 1, "")
+    else:
+        assert (options.no_local_rank, options.launcher, options.no_ssh) == (True, launcher, False)
+    for flag in ("include", "exclude"):
+        assert getattr(_parse(*_accelerates(launcher, f"--{flag}", "a:0,1@b:2")), flag) == "a:0,1@b:2"
+    assert parse([*_accelerates(launcher), "--module", "train"], "deepspeed").module
+    assert parse([*_accelerates(launcher), "--no_python", "train"], "deepspeed").no_python
+    assert _parse("--hostfile", "None").hostfile == "None"  # where its own file names none
 
 
 def test_launcher_args_may_begin_with_a_dash() -> None:
@@ -62,7 +81,8 @@ def test_what_cannot_work_together_is_refused(words: list[str], message: str) ->
 
 
 @pytest.mark.parametrize(
-    ("words", "message"), [(["--autotuning=run"], "--autotuning"), (["--launcher=mvapich"], "mpich")]
+    ("words", "message"),
+    [(["--autotuning=run"], "--autotuning"), (["--launcher=mvapich"], "mpich"), (_accelerates("mvapich"), "mpich")],
 )
 def test_a_documented_gap_says_what_to_do(words: list[str], message: str) -> None:
     with pytest.raises(NotImplementedError, match=message):

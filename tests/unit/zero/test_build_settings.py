@@ -59,7 +59,7 @@ def test_arguments_win_over_the_config(tmp_path: Path) -> None:
     path.write_text(json.dumps({"bf16": {"enabled": True}, "zero_optimization": {"stage": 3}}))
     settings = settings_from(str(path), dtype=torch.float16, remote_device="nvme")
     assert (settings.dtype, settings.place) == (torch.float16, Place.DISK)
-    with pytest.raises(ValueError, match="nvme_path"):
+    with pytest.raises(ValueError, match=r"nvme_path, or set ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_NVME_PATH"):
         _ = settings.disks
     assert settings_from(path, dtype=None, remote_device="none").place is Place.DEVICE
 
