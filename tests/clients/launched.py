@@ -25,7 +25,7 @@ def main(folder: Path, output: Path) -> None:
     accelerator = Accelerator(kwargs_handlers=[gloo])
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     facts: dict[str, Any] = {"is_born_sharded": all(param.shape == (0,) for param in model.parameters())}
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     loader = torch.utils.data.DataLoader(rows(64), batch_size=2)
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
     losses: list[float] = []

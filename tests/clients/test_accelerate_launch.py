@@ -117,7 +117,7 @@ def plain(folder: str, num_ranks: int, accumulation: int, clipping: float) -> Pl
     from transformers import LlamaForCausalLM
 
     model = LlamaForCausalLM.from_pretrained(folder)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     batches = torch.utils.data.DataLoader(rows(64), batch_size=2 * num_ranks)
     losses, num_steps = [], 0
     for index, batch in enumerate(batches):
@@ -161,7 +161,8 @@ def check_effects(config: dict[str, Any], seen: dict[str, Any], expected: Plain)
     offloaded = wanted.get("offload_optimizer_device", "none")
     assert seen["optimizer"] == ("AdamW" if offloaded == "none" else "DeepSpeedCPUAdam")
     check_where_weights_rest(wanted.get("offload_param_device", "none"), offloaded, seen)
-    atol = 1e-5 if dtype == "float32" else 0.03
+    assert expected.losses[0] - expected.losses[-1] > 0.03, "what is learnt would hide in the tolerance"
+    atol = 1e-5 if dtype == "float32" else 0.003
     torch.testing.assert_close(seen["losses"], expected.losses, rtol=0, atol=atol)
 
 
