@@ -84,7 +84,7 @@ class GatheredParameters:
         self._loans: list[_Asked] = []
         self._end: _Said | None = None
         self._before: list[_Before] = []
-        self._endings: list[Callable[[], None]] = []
+        self._endings: dict[object, Callable[[], None]] = {}
 
     def __enter__(self) -> None:
         try:
@@ -122,14 +122,14 @@ class GatheredParameters:
         if self in _led:
             _led.remove(self)
         try:
+            for ending in self._endings.values():
+                ending()
             if self._modifier is not None and kind is None and (self._mine or has_lent):
                 self._publish_all(self._modifier)
                 self._before = []
         finally:
-            for ending in self._endings:
-                ending()
-            asked, mine, self._endings = [*self._asked, *self._loans], self._mine, []
-            self._mine, self._loans, self._end = [], [], None
+            asked, mine = [*self._asked, *self._loans], self._mine
+            self._mine, self._loans, self._end, self._endings = [], [], None, {}
             for param, where, values in self._before:
                 where.copy_(values)
                 param.data = where
@@ -141,9 +141,9 @@ class GatheredParameters:
                 "inside of it and has not ended; leave blocks in the opposite order, or gather each parameter once"
             )
 
-    def before_end(self, call: Callable[[], None]) -> None:
-        """Have `call` called once when the block ends, while what it has gathered is whole."""
-        self._endings.append(call)
+    def before_end(self, who: object, call: Callable[[], None]) -> None:
+        """Have `call` called when the block ends, while what it has gathered is whole: the first one of each `who`."""
+        self._endings.setdefault(who, call)
 
     def borrow(self, param: nn.Parameter, place: Membership) -> None:
         """Have a parameter whole that the block's code reads. Led by the modifier rank: others follow it.

@@ -10,6 +10,7 @@ unmerges), a mistake where layers are left merged.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from types import MethodType
 from typing import Any
@@ -22,28 +23,35 @@ from craken.zero.access.gathered import GatheredParameters, block_that_discards
 
 def merge(layer: Any, *args: Any, **kwargs: Any) -> Any:
     """Collective over all ranks: the layer's own `merge`, on whole weights."""
-    with GatheredParameters(layer.parameters(), modifier_rank=0):
-        result = type(layer).merge(layer, *args, **kwargs)
-    for param in layer.get_base_layer().parameters(recurse=False):
-        if (block := block_that_discards(param)) is not None:
-            block.before_end(partial(_warn_if_merged, layer))
-            break
-    return result
-
-
-def _warn_if_merged(layer: Any) -> None:
-    if layer.merged:
-        warn_once(
-            "adapters were merged inside of GatheredParameters without modifier_rank, which ends now: what they added "
-            "is lost, though the layers say that they are merged. Merge outside of such a block (layers are gathered "
-            "one by one), give it modifier_rank=0, or unmerge before it ends"
-        )
+    return _change(layer, partial(type(layer).merge, layer, *args, **kwargs))
 
 
 def unmerge(layer: Any, *args: Any, **kwargs: Any) -> Any:
     """Collective over all ranks: the layer's own `unmerge`, on whole weights."""
+    return _change(layer, partial(type(layer).unmerge, layer, *args, **kwargs))
+
+
+def _change(layer: Any, change: Callable[[], Any]) -> Any:
+    before = _merged_in(layer)
     with GatheredParameters(layer.parameters(), modifier_rank=0):
-        return type(layer).unmerge(layer, *args, **kwargs)
+        result = change()
+    blocks = map(block_that_discards, layer.get_base_layer().parameters(recurse=False))
+    if (block := next(filter(None, blocks), None)) is not None:
+        block.before_end(layer, partial(_warn_if_other, layer, before))
+    return result
+
+
+def _merged_in(layer: Any) -> list[str]:
+    return [*getattr(layer, "merged_adapters", ())]
+
+
+def _warn_if_other(layer: Any, before: list[str]) -> None:
+    if _merged_in(layer) != before:
+        warn_once(
+            "adapters were merged or unmerged inside of GatheredParameters without modifier_rank, which ends now: what "
+            "that changed is lost, though the layers count on it. Merge outside of such a block (layers are gathered "
+            "one by one), give it modifier_rank=0, or undo it before it ends"
+        )
 
 
 def have_merges_find_weights(model: nn.Module) -> None:
