@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from craken.engine.build import Parts
 from craken.engine.consolidate import consolidated_state_dict, save_weights
 from craken.engine.engine import Engine
 from craken.log import warn_once
-from craken.zero import Keep, ShardedOptimizer, bytes_by_place, policy_for_stage
+from craken.zero import Keep, ParameterOffload, ShardedOptimizer, bytes_by_place, compiler_is_loaded, policy_for_stage
 from craken.zero.parking import KINDS, states_of_kinds
 
 
@@ -134,12 +134,27 @@ class DeepSpeedEngine(Engine):
             state = {name: value for name, value in state.items() if name not in frozen}
         return state
 
-    def compile(self, backend: Any = "inductor", compile_kwargs: dict[str, Any] | None = None, **options: Any) -> None:
-        """Compile the module in place, at its next forward; what else `torch.compile` takes is in either mapping.
+    def compile(
+        self,
+        backend: Any = "inductor",
+        compile_kwargs: Mapping[str, Any] | None = None,
+        schedule: Any = None,
+        compiled_autograd_enabled: bool = False,
+    ) -> None:
+        """Compile the module in place, at its next forward; a second call does nothing. Names in its state dict stay.
 
-        The names in its state dict stay. Where weights come and go, a graph ends at each unit: `fullgraph` raises.
+        compile_kwargs: of `torch.compile`; a `backend` among them wins. Where weights come and go, a graph ends at each
+        unit: `fullgraph` raises. NotImplementedError for DeepCompile's `schedule` and for compiled autograd.
         """
-        self.module.compile(backend=backend, **(compile_kwargs or {}), **options)
+        if schedule is not None or compiled_autograd_enabled:
+            raise NotImplementedError("engine.compile has no schedule and no compiled autograd yet; leave them out")
+        if self.is_compiled:
+            return
+        was_loaded = compiler_is_loaded()
+        self.module.compile(**{"backend": backend, **(compile_kwargs or {})})
+        hooks = getattr(self.optimizer, "parameter_offload", self.optimizer)
+        if isinstance(hooks, ParameterOffload) and not was_loaded:
+            hooks._register_deepspeed_module(self.module)  # these stay out of its graphs
 
     @property
     def is_compiled(self) -> bool:

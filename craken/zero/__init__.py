@@ -34,6 +34,7 @@ from craken.zero.building.on_device import OnDevice
 from craken.zero.building.tiling import TiledLinear
 from craken.zero.group import ShardGroup
 from craken.zero.hooks import (
+    compiler_is_loaded,
     unwatch_attributes,
     watch_gradients,
     watch_loading,
@@ -115,6 +116,7 @@ __all__ = [
     "ZeroParamStatus",
     "bytes_by_place",
     "can_load",
+    "compiler_is_loaded",
     "external_parameters",
     "get_z3_leaf_modules",
     "gradient_state",

@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from typing import Any
 
 import pytest
 import torch
 
-from tests.clients.clients_common import accelerator_of, fresh_clients, plugin_of, tiny_llama, token_rows
+from tests.clients.clients_common import (
+    ROOT,
+    accelerator_of,
+    fresh_clients,
+    fresh_environment,
+    plugin_of,
+    tiny_llama,
+    token_rows,
+)
 
 pytestmark = pytest.mark.clients
 pytest.importorskip("accelerate", reason="needs accelerate (the hf extra)")
@@ -78,3 +88,42 @@ def test_a_model_compiled_block_by_block_trains_as_one_that_is_not(run_ranks) ->
 
 def test_the_launchers_flag_reaches_the_engine(run_ranks) -> None:
     assert_like_uncompiled(run_ranks, 3, by_launcher=True, backend="eager")
+
+
+def compile_without_optimizer() -> tuple[torch.Tensor, torch.Tensor, bool]:
+    """Return what a sharded model says without and with the compiler, and whether the engine alone had it loaded."""
+    import deepspeed
+
+    model = torch.nn.Sequential(*(torch.nn.Linear(16, 16) for _ in range(3)))
+    config = {"train_micro_batch_size_per_gpu": 2, "zero_optimization": {"stage": 3}}
+    config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    engine, *_ = deepspeed.initialize(model=model, config=config)
+    loads_compiler = "torch._dynamo" in sys.modules
+    x = torch.ones(2, 16)
+    with torch.no_grad():
+        plain = engine(x)
+        engine.compile(compile_kwargs={"backend": "eager"})
+        engine.compile()
+        compiled = engine(x)
+    assert engine.is_compiled
+    with pytest.raises(NotImplementedError, match="leave them out"):
+        engine.compile(schedule=[])
+    engine.destroy()
+    return plain, compiled, loads_compiler
+
+
+PROGRAM = """
+import torch
+from craken.comm import init_distributed, shutdown
+from tests.clients.test_accelerate_compiled import compile_without_optimizer
+init_distributed(dist_backend="gloo")
+plain, compiled, loads_compiler = compile_without_optimizer()
+shutdown()
+print(torch.equal(plain, compiled), loads_compiler)
+"""
+
+
+def test_the_compiler_is_loaded_when_it_is_asked_for() -> None:
+    """In a fresh process: importing it takes seconds, which a model that only answers need not spend."""
+    done = subprocess.run([sys.executable, "-c", PROGRAM], cwd=ROOT, env=fresh_environment(), capture_output=True)
+    assert done.stdout.split() == [b"True", b"False"], done.stderr.decode()[-2000:]
