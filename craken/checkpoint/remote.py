@@ -75,19 +75,25 @@ def finish_deletions(folder: Url) -> None:
     """Delete what deletions of tags in `folder` that were cut short have left."""
     for match in filter(None, map(_DELETING.fullmatch, _names_in(folder))):
         note = folder / match[0]
-        with contextlib.suppress(FileNotFoundError, ValueError):  # finished by another process; or no note of ours
-            store, path = reach(note)
-            _delete_named(folder / match["tag"], json.loads(store.cat_file(path)), note)
+        store, path = reach(note)
+        try:
+            names = json.loads(store.cat_file(path))
+        except FileNotFoundError:  # finished by another process
+            continue
+        except (OSError, ValueError) as error:
+            warn_once(f"cannot read which files were to be deleted in {note} ({error}); remove it by hand")
+            continue
+        _delete_named(folder / match["tag"], names, note)
 
 
 def _delete_named(tag: Url, names: Iterable[str], note: Url) -> None:
     """Delete those of `names` that no index of the tag names, then the note that says so."""
     try:
         store, root = reach(tag)
-        for name in filter(_OURS.fullmatch, sorted({*names} - {INDEX_NAME, *_kept_in(tag)})):
-            with contextlib.suppress(FileNotFoundError):
-                store.rm_file(f"{root}/{name}")
-        store.rm_file(reach(note)[1])
+        ours = filter(_OURS.fullmatch, sorted({*names} - {INDEX_NAME, *_kept_in(tag)}))
+        for path in [*(f"{root}/{name}" for name in ours), reach(note)[1]]:
+            with contextlib.suppress(FileNotFoundError):  # by another process
+                store.rm_file(path)
     except (OSError, ValueError, KeyError, TypeError) as error:
         warn_once(f"cannot delete all of the old checkpoint {tag} ({error}); the next save that deletes some will try")
 

@@ -97,10 +97,12 @@ def _delete(path: Place) -> None:
 
 
 def _index_in(path: Place) -> Index | None:
-    """Return the index; None for a damaged one, ValueError for a newer format."""
+    """Return the index; None for a damaged one, ValueError for a newer format, CheckpointNotFound if it has gone."""
     try:
         return read_index(path)
-    except CheckpointDamaged:
+    except CheckpointDamaged as error:
+        if isinstance(error.__cause__, FileNotFoundError):
+            raise CheckpointNotFound(f"{path} was deleted since") from error
         return None
 
 

@@ -227,6 +227,14 @@ def test_a_deletion_that_is_cut_short_is_finished_by_a_later_one(
     assert names() == ["c/index.json", "c/rank-00000.safetensors", "latest"]
 
 
+def test_a_note_that_cannot_be_read_stops_no_other_deletion(url: str, capfd: pytest.CaptureFixture[str]) -> None:
+    STORE.pipe_file("/bucket/run/.a.deleting", b"no list")
+    for tag in "bc":
+        save_one(url, tag, {"w": torch.ones(4)}, keep_last=1)
+    assert list_tags(url) == ["c"]
+    assert "/bucket/run/.a.deleting (" in capfd.readouterr().err
+
+
 def test_sizes_are_asked_for_of_what_stays_alone(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for step in range(5):
         save_one(url, f"step{step}", {"w": torch.ones(4)})
