@@ -5,10 +5,10 @@
 
 IMPLEMENTATION is `craken:STAGE`, `original:STAGE` (whatever `deepspeed` this Python imports), `ddp`, `ddp:autocast`
 (fp32 weights, computed with in bf16), `fsdp2:2` (weights kept after forward), `fsdp2:3` (freed), or `alone` (no
-communication: every rank trains by itself). Ranks are CPU processes on gloo; with `--cuda` each has a device of its
-own and NCCL, and the peak is the device's. `craken:3:cpu/nvme`
-and the like offload: optimizer states to the first, parameters to the second, files to `--folder`. Prints one line of
-JSON: times of the slowest rank, memory of the largest one. compare.py runs several in turn.
+communication: every rank trains by itself). `craken:3:cpu/nvme` and the like offload: optimizer states to the first,
+parameters to the second, files to `--folder`. Ranks are CPU processes on gloo; with `--cuda` each has a device of its
+own and NCCL, the peak is the device's, of building the model too, and CPU time includes waiting for the device. Prints
+one line of JSON: times of the slowest rank, memory of the largest one. compare.py runs several in turn.
 """
 
 from __future__ import annotations

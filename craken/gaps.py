@@ -6,7 +6,10 @@ from typing import Any, NoReturn
 
 
 class GapError(NotImplementedError, ImportError):
-    """A name that craken does not have yet. Of an AttributeError, `from deepspeed import NAME` would drop the text."""
+    """A name that craken does not have yet; `hasattr` raises it too.
+
+    Of an AttributeError, `from deepspeed import NAME` would drop the text.
+    """
 
 
 _PARALLEL = "only data parallelism works yet; leave {} out"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -20,8 +21,9 @@ settings.load_profile("craken")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Hide the machine's GPUs from a run without their tests: all others are about CPU processes on gloo."""
-    if config.option.markexpr == "not gpu":
+    """Hide the machine's GPUs unless `tests/gpu` or `-m gpu` is asked for: other tests are about CPUs and gloo."""
+    is_asked = re.search(r"(?<!not )\bgpu\b", config.option.markexpr) or any("tests/gpu" in arg for arg in config.args)
+    if not is_asked:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
