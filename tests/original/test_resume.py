@@ -34,7 +34,10 @@ MATRICES = ("up.weight", "down.weight")  # those that Muon updates
 def unpack(name: str, folder: Path) -> Path:
     """Return a new folder in `folder` with what the original saved in case `name`."""
     with tarfile.open(FILES / f"{name}.tar.xz") as tar:
-        tar.extractall(folder / "original", filter="data")
+        safely = (
+            {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
+        )  # Python 3.10 and 3.11 from .12 and .4 on
+        tar.extractall(folder / "original", **safely)
     return folder / "original"
 
 
