@@ -197,7 +197,8 @@ def resident_bytes(field: str) -> int:
 
 
 def test_loading_holds_little_more_than_what_it_loads(run_ranks, tmp_path) -> None:
-    width, num_layers = 1024, 12  # 4 MiB a layer, 72 MiB of states a rank
-    run_ranks(save_stack, 1, str(tmp_path), width, num_layers, 8 << 20)
+    width, num_layers = 1448, 12  # 8 MiB a layer, 144 MiB of states a rank
+    run_ranks(save_stack, 1, str(tmp_path), width, num_layers, 16 << 20)
     peaks = run_ranks(peak_of_loading, 2, str(tmp_path), width, num_layers)
-    assert max(peaks) < 4 * (4 << 20) + (4 << 20)  # a layer for each reading thread, and a group on its way
+    layer = 4 * width * width
+    assert max(peaks) < 4 * layer + layer  # a layer for each reading thread, and a group on its way
