@@ -132,6 +132,29 @@ def accelerator_of(plugin: Any = None, **options: Any) -> Any:
     return Accelerator(deepspeed_plugin=plugin, kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")], **options)
 
 
+def run_parts(accelerator: Any, model: Any) -> Any:
+    """Return what `take_steps` takes: accelerator, engine, optimizer, batches and schedule."""
+    trained = [param for param in model.parameters() if param.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-2)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
+    loader = torch.utils.data.DataLoader(token_rows(24), batch_size=2)
+    model, optimizer, loader, schedule = accelerator.prepare(model, optimizer, loader, schedule)
+    return accelerator, model, optimizer, list(loader), schedule
+
+
+def take_steps(parts: Any, first: int, last: int) -> list[float]:
+    accelerator, model, optimizer, batches, schedule = parts
+    losses = []
+    for batch in batches[first:last]:
+        loss = model(**batch).loss
+        accelerator.backward(loss)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
 def trainer_settings(config: dict[str, Any] | None) -> dict[str, Any]:
     """Return a trainer's arguments: DeepSpeed's with a config, DDP's without one.
 

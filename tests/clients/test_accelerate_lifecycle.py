@@ -18,6 +18,8 @@ from tests.clients.clients_common import (
     assert_same,
     fresh_clients,
     plugin_of,
+    run_parts,
+    take_steps,
     tiny_config,
     tiny_llama,
     token_rows,
@@ -104,26 +106,7 @@ def test_a_file_with_every_auto_trains_as_what_it_means(
 
 def prepared(stage: int, **plugin: Any) -> Any:
     """Return accelerator, engine, optimizer, batches and schedule of a run that may begin."""
-    accelerator = accelerator_of(plugin_of(stage, gradient_clipping=0.5, **plugin))
-    model = tiny_llama()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
-    loader = torch.utils.data.DataLoader(token_rows(24), batch_size=2)
-    model, optimizer, loader, schedule = accelerator.prepare(model, optimizer, loader, schedule)
-    return accelerator, model, optimizer, list(loader), schedule
-
-
-def take_steps(parts: Any, first: int, last: int) -> list[float]:
-    accelerator, model, optimizer, batches, schedule = parts
-    losses = []
-    for batch in batches[first:last]:
-        loss = model(**batch).loss
-        accelerator.backward(loss)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    return losses
+    return run_parts(accelerator_of(plugin_of(stage, gradient_clipping=0.5, **plugin)), tiny_llama())
 
 
 def save_and_load(folder: str, stage: int) -> None:

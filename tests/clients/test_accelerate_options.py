@@ -15,11 +15,11 @@ from tests.clients.clients_common import (
     assert_same,
     fresh_clients,
     plugin_of,
+    run_parts,
+    take_steps,
     tiny_llama,
-    token_rows,
     whole_weights,
 )
-from tests.clients.test_accelerate_lifecycle import take_steps
 
 pytestmark = pytest.mark.clients
 pytest.importorskip("accelerate", reason="needs accelerate (the hf extra)")
@@ -27,16 +27,6 @@ pytest.importorskip("transformers", reason="needs transformers (the hf extra)")
 
 NONE = 1e9  # accelerate has gradients clipped to a norm of 1, unless it is told another
 EXPERTS = "MixtralSparseMoeBlock"
-
-
-def prepared(accelerator: Any, model: Any) -> Any:
-    """Return what `take_steps` takes: accelerator, engine, optimizer, batches and schedule."""
-    trained = [param for param in model.parameters() if param.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-2)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
-    loader = torch.utils.data.DataLoader(token_rows(24), batch_size=2)
-    model, optimizer, loader, schedule = accelerator.prepare(model, optimizer, loader, schedule)
-    return accelerator, model, optimizer, list(loader), schedule
 
 
 def mean_losses(accelerator: Any, losses: list[float]) -> list[float]:
@@ -64,7 +54,7 @@ def mixture(is_sharded: bool) -> Run:
         plugin = plugin_of(3, gradient_clipping=NONE, transformer_moe_cls_names=EXPERTS) if is_sharded else None
         accelerator = accelerator_of(plugin)
         model = tiny_mixtral()
-        parts = prepared(accelerator, model)
+        parts = run_parts(accelerator, model)
         leaves = [type(leaf).__name__ for leaf in get_z3_leaf_modules(model)]
         assert leaves == ([EXPERTS] * 2 if is_sharded else [])
         losses = mean_losses(accelerator, take_steps(parts, 0, 5))
@@ -88,7 +78,7 @@ def adapters_saved_and_loaded(folder: str, stage: int) -> tuple[int, int]:
     def begun() -> Any:
         plugin = plugin_of(stage)
         plugin.deepspeed_config["checkpoint"] = {"use_node_local_storage": True}  # as `save_on_each_node` sets it
-        return prepared(accelerator_of(plugin), adapted("lora"))
+        return run_parts(accelerator_of(plugin), adapted("lora"))
 
     with fresh_clients(is_sharded=True):
         parts = begun()
@@ -124,10 +114,10 @@ def both_trained(is_sharded: bool) -> tuple[Run, Run]:
         plugins = {name: plugin_of(stage, gradient_clipping=NONE) for name, stage in (("first", 2), ("second", 3))}
         accelerator = accelerator_of(plugins if is_sharded else None)
         models = [tiny_llama(), tiny_llama(intermediate_size=40)]
-        first = prepared(accelerator, models[0])
+        first = run_parts(accelerator, models[0])
         if is_sharded:
             accelerator.state.select_deepspeed_plugin("second")
-        second = prepared(Accelerator() if is_sharded else accelerator, models[1])
+        second = run_parts(Accelerator() if is_sharded else accelerator, models[1])
         losses: dict[int, list[float]] = {0: [], 1: []}
         for step in range(5):
             for index, parts in enumerate((first, second)):
