@@ -194,7 +194,7 @@ def run_rounds(options: argparse.Namespace, extra: list[str]) -> dict[str, dict[
     """Run every case in turn, round after round; a case that fails is said and left out."""
     num_ranks = train_step.parse(["craken:0", *extra]).ranks
     variables = {"OMP_NUM_THREADS": options.threads, "MKL_NUM_THREADS": options.threads}
-    variables |= {"DS_ACCELERATOR": "cuda"} if options.cuda else {}
+    variables |= train_step.variables_of(options)
     runs: dict[str, list[dict[str, float]]] = {}
     flags = [f"--stage={options.stage}", f"--threads={options.threads}", *(["--cuda"] if options.cuda else []), *extra]
     for _ in range(options.rounds):
