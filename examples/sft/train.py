@@ -121,7 +121,7 @@ def parse(argv: list[str]) -> tuple[ModelArguments, DataArguments, SFTConfig]:
     on_cpu = [] if torch.cuda.is_available() else arguments_for_cpu()
     parser = HfArgumentParser((ModelArguments, DataArguments, SFTConfig))
     model_args, data_args, args = parser.parse_args_into_dataclasses([*on_cpu, *in_todays_words(argv)])
-    splits_of(data_args)
+    splits_of(data_args)  # ends here if they are wrong, before a model is loaded
     args.gradient_checkpointing_kwargs = {"use_reentrant": model_args.use_reentrant}
     if args.push_to_hub and os.environ.get("HF_HUB_OFFLINE") == "1":
         note("HF_HUB_OFFLINE is set: nothing is pushed to the hub")
